@@ -1,0 +1,52 @@
+"""ftops: `model = ftops.patch(model)` swaps a Hugging Face model's layers for fused ones.
+
+Importing this module needs no GPU, no Numba and no transformers; it registers the ops with PyTorch and nothing else.
+"""
+from __future__ import annotations
+
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
+
+# In a source checkout that is not installed, numba_kernels/ and integrations/ lie beside ftops/ instead of inside it.
+_root = _Path(__file__).resolve().parent.parent
+if not (_Path(__file__).parent / "numba_kernels").exists() and (_root / "pyproject.toml").is_file():
+    __path__.append(str(_root))
+
+from ftops import ops
+from ftops.report import Report
+
+if TYPE_CHECKING:
+    import torch
+
+__version__ = "0.1.0"
+__all__ = ["Report", "__version__", "ops", "patch", "report", "unpatch", "warmup"]
+
+
+def patch(model: torch.nn.Module, *, quant: str | None = None, kv_cache: str | None = None,
+          tp: int | None = None, pp: int | None = None) -> torch.nn.Module:
+    """Swaps the layers of a Hugging Face model for fused ones, in place, and returns the same object.
+
+    Parameters are shared, not copied; `state_dict()` keeps its keys and values. Families without a description get their
+    norms and attention swapped. `ftops.report(model)` says what was done, and `ftops.unpatch(model)` undoes it.
+    Raises TypeError or ValueError, before anything is changed, for an argument that cannot be served.
+    """
+    from ftops.integrations.transformers.patch import patch as implementation
+    return implementation(model, quant=quant, kv_cache=kv_cache, tp=tp, pp=pp)
+
+
+def unpatch(model: torch.nn.Module) -> torch.nn.Module:
+    """Puts the original layers back: forward, state_dict and generate are exactly as before `patch`."""
+    from ftops.integrations.transformers.patch import unpatch as implementation
+    return implementation(model)
+
+
+def report(model: torch.nn.Module) -> Report:
+    """What `patch` did to each module of `model`, what was kept and why, and how often a layer fell back to its original."""
+    from ftops.integrations.transformers.patch import report as implementation
+    return implementation(model)
+
+
+def warmup(model: torch.nn.Module, **options: Any) -> None:
+    """Compiles ahead of use every kernel that the patched `model` needs, with a progress bar."""
+    from ftops.integrations.transformers.warmup import warmup as implementation
+    implementation(model, **options)

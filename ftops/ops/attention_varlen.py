@@ -1,0 +1,91 @@
+"""Fused attention of sequences packed end to end, so that padding costs nothing.
+
+Sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. The formula with every option is in `ftops/formula.py`.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+
+import torch
+
+from ftops.op import Case, register, require, require_device, require_no_grad
+from ftops.ops.attention import _cpu as attention_cpu
+from ftops.ops.attention import check_heads, check_options, check_window
+from ftops.ops.attention import reference as attention_reference
+from ftops.samples import integers, randn
+
+
+def _each(attend: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor,
+          max_seqlen_q: int, max_seqlen_kv: int, causal: bool, scale: float, window_left: int, window_right: int, softcap: float,
+          alibi_slopes: torch.Tensor | None) -> torch.Tensor:
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    starts_q, starts_kv = cu_seqlens_q.tolist(), cu_seqlens_kv.tolist()
+    for row, key, row_end, key_end in zip(starts_q, starts_kv, starts_q[1:], starts_kv[1:], strict=False):
+        out[row:row_end] = attend(q[None, row:row_end], k[None, key:key_end], v[None, key:key_end], causal, scale, window_left, window_right,
+                                  softcap, None, alibi_slopes, None)[0]
+    return out
+
+
+def reference(*args: object) -> torch.Tensor:
+    return _each(attention_reference, *args)
+
+
+def _cpu(*args: object) -> torch.Tensor:
+    return _each(attention_cpu, *args)
+
+
+def _cuda(*args: object) -> torch.Tensor:
+    from ftops.numba_kernels.attention import launch_varlen
+    return launch_varlen(*args)
+
+
+ATTENTION_VARLEN = register(
+    "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_kv, SymInt max_seqlen_q, SymInt max_seqlen_kv, "
+    "bool causal, float scale, int window_left, int window_right, float softcap, Tensor? alibi_slopes) -> Tensor",
+    cpu=_cpu, cuda=_cuda, fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device))
+
+
+def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor,
+                     max_seqlen_q: int, max_seqlen_kv: int, *, causal: bool = False, scale: float | None = None,
+                     window: tuple[int, int] | None = None, softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention within each of B packed sequences: q[T,H,D] over k and v[Tk,Hkv,D]. Returns [T,H,D], contiguous.
+
+    cu_seqlens_q and cu_seqlens_kv, int32 [B + 1], start at 0 and do not fall; rows past the last one give 0 or are left as computed
+    by no sequence: pass tensors that end there. max_seqlen_q and max_seqlen_kv bound the lengths. The options are those of
+    `attention`, per sequence. float32, float16 or bfloat16, any strides. Raises ValueError.
+    """
+    require_no_grad("attention_varlen", q, k, v)
+    check_heads("attention_varlen", q, k, v)
+    require(q.dim() == 3, "attention_varlen", "q.dim()", q.dim(), "3: tokens, heads, head_dim")
+    require_device("attention_varlen", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, alibi_slopes=alibi_slopes)
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
+        require(starts.dim() == 1 and starts.shape[0] >= 1 and starts.dtype is torch.int32, "attention_varlen", name,
+                f"{starts.dtype} {tuple(starts.shape)}", "int32 [B + 1]")
+    require(cu_seqlens_q.shape == cu_seqlens_kv.shape, "attention_varlen", "cu_seqlens_kv.shape", tuple(cu_seqlens_kv.shape), f"cu_seqlens_q's, {tuple(cu_seqlens_q.shape)}")
+    left, right = check_window("attention_varlen", window)
+    check_options("attention_varlen", q, softcap, alibi_slopes)
+    return ATTENTION_VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, causal,
+                            q.shape[-1] ** -0.5 if scale is None else scale, left, right, softcap, alibi_slopes)
+
+
+def _sample(device: torch.device, dtype: torch.dtype, lengths_q: tuple[int, ...], lengths_kv: tuple[int, ...], *, heads: int = 4,
+            kv_heads: int = 2, head_dim: int = 64, alibi: bool = False, **options: object) -> tuple[tuple, dict]:
+    starts_q, starts_kv = (integers([0, *accumulate(lengths)], device) for lengths in (lengths_q, lengths_kv))
+    q = randn((sum(lengths_q), heads, head_dim), device, dtype)
+    k, v = (randn((sum(lengths_kv), kv_heads, head_dim), device, dtype) for _ in range(2))
+    if alibi:
+        options["alibi_slopes"] = (2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)).to(device)
+    return (q, k, v, starts_q, starts_kv, max(lengths_q, default=0), max(lengths_kv, default=0)), options
+
+
+def cases() -> Iterator[Case]:
+    ragged = (97, 1, 0, 200, 3)
+    samples = {
+        "ragged": (ragged, ragged, {}), "causal": (ragged, ragged, {"causal": True}), "d128": (ragged, ragged, {"head_dim": 128, "causal": True}),
+        "d40": (ragged, ragged, {"head_dim": 40}), "cross": ((5, 70, 3), (90, 2, 0), {"causal": True}), "window": ((300, 7), (300, 7), {"window": (50, 0)}),
+        "softcap": (ragged, ragged, {"softcap": 5.0}), "alibi": (ragged, ragged, {"alibi": True, "causal": True}), "no_sequences": ((), (), {}),
+        "no_tokens": ((0, 0), (0, 0), {}),
+    }
+    for name, (lengths_q, lengths_kv, options) in samples.items():
+        yield Case(name, lambda device, dtype, a=lengths_q, b=lengths_kv, options=options: _sample(device, dtype, a, b, **options))

@@ -1,0 +1,129 @@
+"""Attention of a few new tokens over a cache of keys and values: the step that decoding repeats.
+
+Query t of T sits at lengths[b] - T + t. The cache is contiguous or paged, in q's dtype or 8-bit. Split over the keys as in
+"Flash-Decoding" (Dao, Haziza, Massa, Sizov, 2023). The formula with every option is in `ftops/formula.py`.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ftops.formula import attention_formula
+from ftops.op import Case, register, require, require_device, require_dtype, require_no_grad
+from ftops.ops.append_kv import CACHE_8BIT, check_cache, to_cache
+from ftops.ops.attention import check_bias, check_options
+from ftops.samples import integers, randn
+
+MAX_NEW_TOKENS = 16
+
+
+def _gather(cache: torch.Tensor, page_table: torch.Tensor | None, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The cache as [B,S,Hkv,D] in `dtype`. A page outside the pool reads as NaN, which no valid length may reach."""
+    if page_table is not None:
+        pages = page_table.long()
+        valid = (pages >= 0) & (pages < cache.shape[0])
+        cache = cache[pages.clamp(0, cache.shape[0] - 1)].flatten(1, 2)
+        hidden = ~valid.repeat_interleave(cache.shape[1] // max(pages.shape[1], 1), 1)
+    if scale is not None:
+        cache = (cache.float() * scale.view(-1, 1)).to(dtype)
+    cache = cache.to(dtype)
+    return cache if page_table is None else cache.masked_fill(hidden.unsqueeze(-1).unsqueeze(-1), 0)
+
+
+def reference(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None,
+              scale: float, window: int, softcap: float, bias: torch.Tensor | None, alibi_slopes: torch.Tensor | None,
+              k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> torch.Tensor:
+    # 8-bit caches are widened to at least float32, not to q's dtype: the kernels apply the scale to the float32 sums.
+    dtype = q.dtype if k_scale is None else torch.promote_types(q.dtype, torch.float32)
+    k, v = _gather(k_cache, page_table, k_scale, dtype), _gather(v_cache, page_table, v_scale, dtype)
+    positions = lengths.unsqueeze(-1).long() - q.shape[1] + torch.arange(q.shape[1], device=q.device)
+    out = attention_formula(q.to(dtype), k, v, positions, causal=True, scale=scale, window=(window, -1), softcap=softcap, bias=bias,
+                            alibi_slopes=alibi_slopes, kv_lengths=lengths)
+    return out.to(q.dtype)
+
+
+def _cuda(*args: object) -> torch.Tensor:
+    from ftops.numba_kernels.decode_attention import launch
+    return launch(*args)
+
+
+DECODE_ATTENTION = register(
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? page_table, float scale, int window, float softcap, "
+    "Tensor? bias, Tensor? alibi_slopes, Tensor? k_scale, Tensor? v_scale) -> Tensor",
+    cpu=reference, cuda=_cuda, fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device))
+
+
+def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, *,
+                     page_table: torch.Tensor | None = None, scale: float | None = None, window: int | None = None, softcap: float = 0.0,
+                     bias: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None, k_scale: torch.Tensor | None = None,
+                     v_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of the T <= 16 newest tokens, q[B,T,H,D], over the cache that already holds them. Returns [B,T,H,D], contiguous.
+
+    lengths[B] int32 counts the tokens in the cache, the new ones included; 0 gives 0. The caches are [B,S,Hkv,D], or
+    [pages,page_size,Hkv,D] with page_table[B,n] int32; in q's dtype, or int8 or float8_e4m3fn with k_scale and v_scale[Hkv] float32.
+    window: how many tokens to the left of itself a query sees (None: all). bias, in q's dtype or float32, broadcasts to [B,H,T,S]
+    and is added; -inf hides a key. scale defaults to D ** -0.5; softcap and alibi_slopes as in `attention`.
+    A page outside the pool is never read. float32, float16 or bfloat16, any strides. Raises ValueError.
+    """
+    op = "decode_attention"
+    require_no_grad(op, q, k_cache, v_cache, bias)
+    require_dtype(op, q=q)
+    require_device(op, q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, page_table=page_table, bias=bias, alibi_slopes=alibi_slopes,
+                   k_scale=k_scale, v_scale=v_scale)
+    require(q.dim() == 4 and q.shape[1] <= MAX_NEW_TOKENS, op, "q.shape", tuple(q.shape), f"[B,T,H,D] with T <= {MAX_NEW_TOKENS}; longer: attention")
+    require(0 < q.shape[3] <= 256, op, "head_dim", q.shape[3], "1 to 256")
+    check_cache(op, q, k_cache, v_cache, page_table, k_scale, v_scale)
+    require(lengths.shape == q.shape[:1] and lengths.dtype is torch.int32, op, "lengths", f"{lengths.dtype} {tuple(lengths.shape)}", f"int32 ({q.shape[0]},)")
+    require(window is None or window >= -1, op, "window", window, "None, or tokens to the left, 0 or more")
+    check_options(op, q, softcap, alibi_slopes)
+    if bias is not None:
+        keys = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+        check_bias(op, bias, q, (q.shape[0], q.shape[2], q.shape[1], keys))
+        bias = bias.expand(q.shape[0], q.shape[2], q.shape[1], keys)
+    return DECODE_ATTENTION(q, k_cache, v_cache, lengths, page_table, q.shape[-1] ** -0.5 if scale is None else scale,
+                            -1 if window is None else window, softcap, bias, alibi_slopes, k_scale, v_scale)
+
+
+def _sample(device: torch.device, dtype: torch.dtype, *, lengths: tuple[int, ...] = (1, 97, 200), new: int = 1, heads: int = 8, kv_heads: int = 2,
+            head_dim: int = 64, capacity: int = 208, page_size: int | None = None, cache_dtype: torch.dtype | None = None,
+            heads_first: bool = False, bias: bool = False, alibi: bool = False, **options: object) -> tuple[tuple, dict]:
+    batch = len(lengths)
+    q = randn((batch, new, heads, head_dim), device, dtype)
+    caches = [randn((batch, capacity, kv_heads, head_dim), device, dtype) for _ in range(2)]
+    for cache in caches:
+        for row, length in enumerate(lengths):
+            cache[row, length:] = float("nan")
+    if cache_dtype in CACHE_8BIT:
+        scales = [(torch.rand(kv_heads) * 0.02 + 0.02).to(device) for _ in range(2)]
+        caches = [to_cache(c.nan_to_num(3.0), cache_dtype, s) for c, s in zip(caches, scales, strict=True)]
+        options |= {"k_scale": scales[0], "v_scale": scales[1]}
+    if page_size:
+        order = torch.randperm(batch * (capacity // page_size)).to(device)
+        caches = [torch.empty_like(c).view(-1, page_size, kv_heads, head_dim).index_copy_(0, order, c.view(-1, page_size, kv_heads, head_dim))
+                  if c.dtype is not torch.float8_e4m3fn else
+                  torch.empty_like(c).view(torch.int8).view(-1, page_size, kv_heads, head_dim).index_copy_(
+                      0, order, c.view(torch.int8).view(-1, page_size, kv_heads, head_dim)).view(c.dtype) for c in caches]
+        options["page_table"] = order.view(batch, -1).to(torch.int32)
+    if heads_first:
+        caches = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in caches]
+    if bias:
+        options["bias"] = randn((batch, 1, 1, capacity), device, dtype).masked_fill(torch.rand(batch, 1, 1, capacity).to(device) < 0.3, float("-inf"))
+    if alibi:
+        options["alibi_slopes"] = (2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)).to(device)
+    return (q, *caches, integers(lengths, device)), options
+
+
+def cases() -> Iterator[Case]:
+    samples = {f"d{d}": {"head_dim": d} for d in (32, 59, 64, 80, 96, 128, 160, 192, 256)}
+    samples |= {
+        "mha": {"heads": 4, "kv_heads": 4}, "mqa": {"heads": 16, "kv_heads": 1, "head_dim": 128}, "zero": {"lengths": (0, 5)}, "wide_group": {"heads": 40, "kv_heads": 2},
+        "new_tokens": {"new": 5, "lengths": (5, 97, 200)}, "most_new": {"new": 16, "lengths": (16, 97, 200)}, "short": {"new": 4, "lengths": (2, 4, 9)},
+        "window": {"window": 40}, "softcap": {"softcap": 5.0}, "alibi": {"alibi": True}, "bias": {"bias": True}, "scale": {"scale": 1.0},
+        "heads_first": {"heads_first": True, "head_dim": 128}, "paged": {"page_size": 16}, "paged_new": {"page_size": 16, "new": 3, "lengths": (3, 97, 200)},
+        "int8": {"cache_dtype": torch.int8, "head_dim": 128}, "fp8": {"cache_dtype": torch.float8_e4m3fn, "head_dim": 128},
+        "paged_fp8": {"cache_dtype": torch.float8_e4m3fn, "page_size": 16}, "long": {"lengths": (3000, 4096), "capacity": 4096, "head_dim": 128},
+        "empty_batch": {"lengths": ()}, "no_tokens": {"new": 0},
+    }
+    for name, options in samples.items():
+        yield Case(name, lambda device, dtype, options=options: _sample(device, dtype, **options))

@@ -1,0 +1,57 @@
+"""The gated activation of a transformer's MLP: y = act(x[..., :I]) * x[..., I:].
+
+Shazeer, "GLU Variants Improve Transformer", 2020. The input is what one fused gate-and-up linear gives.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ftops.op import Case, register, require, require_device, require_dtype, require_no_grad
+from ftops.ops.bias_activation import ACTIVATIONS
+from ftops.samples import randn
+
+
+def reference(x: torch.Tensor, kind: str) -> torch.Tensor:
+    gate, up = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return (ACTIVATIONS[kind](gate) * up).to(x.dtype)
+
+
+def _cpu(x: torch.Tensor, kind: str) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return (ACTIVATIONS[kind](gate) * up).contiguous()
+
+
+def _cuda(x: torch.Tensor, kind: str) -> torch.Tensor:
+    from ftops.numba_kernels.gated_activation import launch
+    return launch(x, kind)
+
+
+def _fake(x: torch.Tensor, kind: str) -> torch.Tensor:
+    return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+
+
+GATED_ACTIVATION = register("gated_activation(Tensor x, str kind) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake)
+
+
+def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """act(x[..., :I]) * x[..., I:] for x[..., 2 I]; kind is silu, gelu, gelu_tanh, relu or quick_gelu.
+
+    float32, float16 or bfloat16 (arithmetic in float32), any strides; the result [..., I] is contiguous. Raises ValueError.
+    """
+    require_no_grad("gated_activation", x)
+    require_dtype("gated_activation", x=x)
+    require_device("gated_activation", x=x)
+    require(kind in ACTIVATIONS, "gated_activation", "kind", repr(kind), ", ".join(ACTIVATIONS))
+    require(x.dim() >= 1 and x.shape[-1] % 2 == 0, "gated_activation", "x.shape", tuple(x.shape), "an even last dimension, gate then up")
+    return GATED_ACTIVATION(x, kind)
+
+
+def cases() -> Iterator[Case]:
+    for kind in ACTIVATIONS:
+        yield Case(kind, lambda device, dtype, kind=kind: ((randn((3, 5, 1408), device, dtype, 3.0), kind), {}))
+    for name, shape in {"odd": (7, 222), "one": (1, 2), "empty": (0, 64), "wide": (2, 28672)}.items():
+        yield Case(name, lambda device, dtype, shape=shape: ((randn(shape, device, dtype), "silu"), {}))
+    yield Case("sliced", lambda device, dtype: ((randn((9, 300), device, dtype)[:, 3:259], "gelu"), {}))
+    yield Case("transposed", lambda device, dtype: ((randn((64, 9), device, dtype).T, "silu"), {}))

@@ -1,0 +1,99 @@
+"""Layer normalisation with an optional fused residual.
+
+    s = x + residual (rounded to x's dtype);   y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
+
+Ba, Kiros & Hinton, "Layer Normalization", 2016. The variance is the biased one, as in torch.nn.LayerNorm.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ftops.op import Case, register, require, require_device, require_dtype, require_no_grad
+from ftops.samples import randn
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        wide = wide * weight
+    if bias is not None:
+        wide = wide + bias
+    return wide.to(x.dtype)
+
+
+def _cpu(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
+
+
+def _cpu_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+                  eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    total = (x + residual).contiguous()
+    return _cpu(total, weight, bias, eps), total
+
+
+def _cuda(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    from ftops.numba_kernels.layer_norm import launch
+    return launch(x, None, weight, bias, eps)[0]
+
+
+def _cuda_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+                   eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    from ftops.numba_kernels.layer_norm import launch
+    return launch(x, residual, weight, bias, eps)
+
+
+def _empty(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+LAYER_NORM = register("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+                      cpu=_cpu, cuda=_cuda, fake=lambda x, *_: _empty(x))
+ADD_LAYER_NORM = register("add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+                          cpu=_cpu_residual, cuda=_cuda_residual, fake=lambda x, *_: (_empty(x), _empty(x)))
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, *,
+               residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalises the last dimension of x[..., N] to mean 0 and variance 1, then scales by weight[N] and adds bias[N].
+
+    With residual[..., N], normalises x + residual and returns (y, x + residual). weight and bias may be None. All of one dtype
+    (float32, float16, bfloat16; sums in float32), any strides; the results are contiguous. Raises ValueError for shapes,
+    dtypes or devices that do not fit.
+    """
+    require_no_grad("layer_norm", x, weight, bias, residual)
+    require(x.dim() >= 1, "layer_norm", "x.dim()", x.dim(), "1 or more")
+    tensors = {"x": x}
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            require(vector.shape == x.shape[-1:], "layer_norm", f"{name}.shape", tuple(vector.shape), f"({x.shape[-1]},), x's last dimension")
+            tensors[name] = vector
+    if residual is not None:
+        require(residual.shape == x.shape, "layer_norm", "residual.shape", tuple(residual.shape), f"{tuple(x.shape)}, x's shape")
+        tensors["residual"] = residual
+    require_dtype("layer_norm", **tensors)
+    require_device("layer_norm", **tensors)
+    if residual is None:
+        return LAYER_NORM(x, weight, bias, eps)
+    return ADD_LAYER_NORM(x, residual, weight, bias, eps)
+
+
+def cases() -> Iterator[Case]:
+    for name, shape in {"row": (1, 4096), "odd": (3, 7, 111), "one": (5, 1), "bert": (2, 9, 768), "long": (2, 20000),
+                        "empty": (0, 64), "vector": (768,)}.items():
+        yield Case(name, lambda device, dtype, shape=shape: (
+            (randn(shape, device, dtype), randn(shape[-1:], device, dtype), randn(shape[-1:], device, dtype), 1e-6), {}))
+    yield Case("residual", lambda device, dtype: (
+        (randn((4, 33, 1024), device, dtype), randn((1024,), device, dtype), randn((1024,), device, dtype), 1e-5),
+        {"residual": randn((4, 33, 1024), device, dtype)}))
+    yield Case("plain", lambda device, dtype: ((randn((6, 256), device, dtype), None, None, 1e-6), {}))
+    yield Case("no_bias", lambda device, dtype: ((randn((6, 256), device, dtype), randn((256,), device, dtype), None, 1e-6), {}))
+    yield Case("far_from_zero", lambda device, dtype: (
+        (randn((8, 1024), device, dtype) + 100, randn((1024,), device, dtype), randn((1024,), device, dtype), 1e-6), {}))
+    yield Case("sliced", lambda device, dtype: (
+        (randn((5, 300), device, dtype)[:, 7:263], randn((256,), device, dtype), randn((256,), device, dtype), 1e-6), {}))
+    yield Case("transposed", lambda device, dtype: (
+        (randn((64, 3, 5), device, dtype).permute(2, 1, 0), randn((128,), device, dtype)[::2], randn((64,), device, dtype), 1e-6), {}))

@@ -1,0 +1,79 @@
+"""Root-mean-square normalisation with an optional fused residual.
+
+    s = x + residual (rounded to x's dtype);   y = s / sqrt(mean(s^2) + eps) * (offset + weight)
+
+Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019. offset = 1 is Gemma's form.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ftops.op import Case, register, require, require_device, require_dtype, require_no_grad
+from ftops.samples import randn
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * (offset + weight.to(wide.dtype))).to(x.dtype)
+
+
+def reference_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+                       offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x + residual
+    return reference(total, weight, eps, offset), total
+
+
+def _cuda(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    from ftops.numba_kernels.rms_norm import launch
+    return launch(x, None, weight, eps, offset)[0]
+
+
+def _cuda_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+                   offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    from ftops.numba_kernels.rms_norm import launch
+    return launch(x, residual, weight, eps, offset)
+
+
+def _empty(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+RMS_NORM = register("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
+                    cpu=lambda *args: reference(*args).contiguous(), cuda=_cuda, fake=lambda x, *_: _empty(x))
+ADD_RMS_NORM = register("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float offset) -> (Tensor, Tensor)",
+                        cpu=lambda *args: tuple(t.contiguous() for t in reference_residual(*args)), cuda=_cuda_residual,
+                        fake=lambda x, *_: (_empty(x), _empty(x)))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None,
+             offset: float = 0.0) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalises the last dimension of x[..., N] by its root mean square and multiplies by (offset + weight[N]).
+
+    With residual[..., N], normalises x + residual and returns (y, x + residual). All of one dtype (float32, float16, bfloat16;
+    sums in float32), any strides; the results are contiguous. Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    require_no_grad("rms_norm", x, weight, residual)
+    require(x.dim() >= 1, "rms_norm", "x.dim()", x.dim(), "1 or more")
+    require(weight.dim() == 1 and weight.shape[0] == x.shape[-1], "rms_norm", "weight.shape", tuple(weight.shape), f"({x.shape[-1]},), x's last dimension")
+    if residual is None:
+        require_dtype("rms_norm", x=x, weight=weight)
+        require_device("rms_norm", x=x, weight=weight)
+        return RMS_NORM(x, weight, eps, offset)
+    require_dtype("rms_norm", x=x, weight=weight, residual=residual)
+    require_device("rms_norm", x=x, weight=weight, residual=residual)
+    require(residual.shape == x.shape, "rms_norm", "residual.shape", tuple(residual.shape), f"{tuple(x.shape)}, x's shape")
+    return ADD_RMS_NORM(x, residual, weight, eps, offset)
+
+
+def cases() -> Iterator[Case]:
+    for name, shape in {"row": (1, 4096), "odd": (3, 7, 111), "one": (5, 1), "head": (2, 9, 4, 128), "long": (2, 20000),
+                        "empty": (0, 64), "vector": (768,)}.items():
+        yield Case(name, lambda device, dtype, shape=shape: ((randn(shape, device, dtype), randn(shape[-1:], device, dtype), 1e-6), {}))
+    yield Case("residual", lambda device, dtype: ((randn((4, 33, 1024), device, dtype), randn((1024,), device, dtype), 1e-5),
+                                                  {"residual": randn((4, 33, 1024), device, dtype)}))
+    yield Case("offset", lambda device, dtype: ((randn((6, 256), device, dtype), randn((256,), device, dtype), 1e-6), {"offset": 1.0}))
+    yield Case("sliced", lambda device, dtype: ((randn((5, 300), device, dtype)[:, 7:263], randn((256,), device, dtype), 1e-6), {}))
+    yield Case("transposed", lambda device, dtype: ((randn((64, 3, 5), device, dtype).permute(2, 1, 0), randn((128,), device, dtype)[::2], 1e-6), {}))

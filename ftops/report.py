@@ -1,0 +1,69 @@
+"""What `patch` did, as a value that prints as a table."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import StringIO
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module: its path, what took its place (None: kept), why, and how often it fell back to the original since."""
+
+    module: str
+    kind: str
+    swapped_to: str | None
+    reason: str = ""
+    fallbacks: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows in module order. `print(report)` shows a table: module, swapped to, or kept and why."""
+
+    model: str
+    family: str | None
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def swapped(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.swapped_to is not None)
+
+    @property
+    def fallbacks(self) -> int:
+        """Calls that the original layers served, over all modules."""
+        return sum(count for row in self.rows for _, count in row.fallbacks)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        text = StringIO()
+        Console(file=text, width=120, color_system=None).print(self)
+        return text.getvalue().rstrip()
+
+    def __rich__(self) -> object:
+        from rich.table import Table
+        table = Table(title=f"{self.model}: {self.family or 'no description, leaves swapped'}", title_justify="left")
+        for column in ("module", "class", "swapped to", "why", "fell back"):
+            table.add_column(column, overflow="fold")
+        for row, names in _runs(self.rows):
+            fallen = ", ".join(f"{reason}: {count}" for reason, count in row.fallbacks)
+            table.add_row(names, row.kind, row.swapped_to or "kept", row.reason, fallen)
+        return table
+
+
+def _runs(rows: tuple[Row, ...]) -> Iterator[tuple[Row, str]]:
+    """Neighbouring rows that differ only in their name are shown as one, `first .. last (count)`."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        if end < len(rows) and _same(rows[start], rows[end]):
+            continue
+        count = end - start
+        yield rows[start], rows[start].module if count == 1 else f"{rows[start].module} .. {rows[end - 1].module} ({count})"
+        start = end
+
+
+def _same(a: Row, b: Row) -> bool:
+    return (a.kind, a.swapped_to, a.reason, a.fallbacks) == (b.kind, b.swapped_to, b.reason, b.fallbacks)
