@@ -1,0 +1,19 @@
+"""Device code and its launch. One kernel = one file; nothing here is imported before an op first runs on a GPU."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ftops.numba_kernels.compile import Spec
+
+KERNELS = (
+    "rms_norm",
+)
+
+
+def variants() -> Iterator[Spec]:
+    """Every variant of every kernel, for the compile tests and for compiling ahead."""
+    for name in KERNELS:
+        yield from import_module(f"ftops.numba_kernels.{name}").variants()

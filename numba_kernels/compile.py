@@ -1,0 +1,192 @@
+"""Numba source -> LTO-IR -> cubin, and the disk cache of cubins. Needs no GPU.
+
+LTO-IR, not PTX: nvJitLink compiles PTX as if more code were to be linked, and then ignores setmaxnreg (warning C7504) and serialises
+wgmma (C7509). A cubin, not PTX, is loaded, since the newest NVVM writes PTX that older drivers refuse.
+"""
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+import struct
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")  # what the tests compile for
+_FORMAT = 1
+_MAGIC = b"ftops cubin\n"
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A kernel to be: `make(config)` returns the Python function, the rest is how it is compiled and launched.
+
+    signature: one letter a parameter: p = pointer, i = int32, u = uint32, l = int64, f = float32. threads: of a block, the launch bound.
+    shared_bytes: dynamic shared memory, up to 227 KiB. min_blocks: resident blocks per multiprocessor that registers must allow.
+    cluster: blocks of a cluster (sm_90 and up). dependent: programmatic dependent launch. spills: bytes of spills that are known, and why
+    beside the Config.
+    """
+
+    make: Callable[[Any], Callable]
+    config: Any
+    signature: str
+    threads: int
+    shared_bytes: int = 0
+    min_blocks: int = 1
+    cluster: int = 1
+    dependent: bool = False
+    spills: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.make.__module__.rpartition('.')[2]}.{self.make.__name__.lstrip('_')}[{self.config}]"
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """Machine code of one kernel for one architecture, with what the linker said of it."""
+
+    code: bytes = field(repr=False)
+    entry: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    warnings: tuple[str, ...]
+
+
+def cubin(spec: Spec, arch: str) -> Cubin:
+    """The machine code of `spec` for `arch` ("sm_80", "sm_90a", ...): from the disk cache, or compiled and put there.
+
+    Raises RuntimeError when the CUDA compiler libraries are missing (pip install "ftops[cu13]").
+    """
+    path = cache_folder() / f"{_key(spec, arch)}.cubin"
+    stored = _read(path)
+    if stored is None:
+        stored = compile_spec(spec, arch)
+        _write(path, stored)
+    return stored
+
+
+def compile_spec(spec: Spec, arch: str) -> Cubin:
+    """Compiles without looking at the disk cache."""
+    try:
+        from cuda.bindings import nvjitlink
+        from numba import cuda
+        from numba.cuda import dispatcher, types
+    except ImportError as error:
+        raise RuntimeError(f"compiling {spec.name}: {error}; the CUDA compiler libraries are missing, pip install \"ftops[cu13]\" "
+                           "(or [cu12] for a CUDA 12 driver)") from error
+    letters = {"p": types.uint64, "i": types.int32, "u": types.uint32, "l": types.int64, "f": types.float32}
+    capability = re.fullmatch(r"sm_(\d+)(\d)([af]?)", arch).groups()
+    cc = (int(capability[0]), int(capability[1]), *([capability[2]] if capability[2] else []))
+    with _LOCK:
+        # Numba asks the current device for its capability when it meets a nested device function; here the target answers.
+        ask = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc[:2])
+        try:
+            ltoir, _ = cuda.compile(spec.make(spec.config), types.void(*(letters[c] for c in spec.signature)), device=False, abi="numba", cc=cc,
+                                    launch_bounds=(spec.threads, spec.min_blocks), output="ltoir")
+        finally:
+            dispatcher.get_current_device = ask
+        options = [f"-arch={arch}", "-lto", "-verbose"]
+        link = nvjitlink.create(len(options), options)
+        try:
+            nvjitlink.add_data(link, nvjitlink.InputType.LTOIR, bytes(ltoir), len(bytes(ltoir)), spec.make.__name__)
+            nvjitlink.complete(link)
+            log = bytearray(nvjitlink.get_info_log_size(link))
+            nvjitlink.get_info_log(link, log)
+            code = bytearray(nvjitlink.get_linked_cubin_size(link))
+            nvjitlink.get_linked_cubin(link, code)
+        finally:
+            nvjitlink.destroy(link)
+    text = log.decode(errors="replace")
+    return Cubin(code=bytes(code), entry=code[code.index(b".text.") + 6:].split(b"\0")[0].decode(), arch=arch,
+                 registers=_number(r"(\d+) registers", text), spill_bytes=_number(r"(\d+) bytes spill stores", text) +
+                 _number(r"(\d+) bytes spill loads", text), stack_bytes=_number(r"(\d+) bytes stack frame", text),
+                 warnings=tuple(line.strip() for line in text.splitlines() if re.search(r"C75\d\d|warning", line)))
+
+
+def _number(pattern: str, text: str) -> int:
+    return max((int(n) for n in re.findall(pattern, text)), default=0)
+
+
+def cache_folder() -> Path:
+    """$FTOPS_CACHE, or ftops/kernels in the user's cache folder."""
+    if "FTOPS_CACHE" in os.environ:
+        return Path(os.environ["FTOPS_CACHE"]) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftops" / "kernels"
+
+
+def _key(spec: Spec, arch: str) -> str:
+    """Content of everything that the cubin depends on."""
+    parts = (_FORMAT, spec.make.__qualname__, repr(spec.config), spec.signature, spec.threads, spec.min_blocks, arch, _versions(),
+             sources_digest(inspect.getsourcefile(spec.make)))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    wanted = [n for n in installed if n in ("numba", "numba-cuda", "llvmlite") or re.match(r"nvidia-(nvvm|nvjitlink|cuda-nvcc)|cuda-bindings", n)]
+    return tuple(f"{name}=={installed[name]}" for name in sorted(wanted))
+
+
+@functools.cache
+def sources_digest(path: str) -> str:
+    """SHA-256 of a kernel file and of every file of ours that it imports, directly or not: kernels inline each other's code."""
+    seen: dict[Path, bytes] = {}
+    waiting = [Path(path).resolve()]
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen[file] = file.read_bytes()
+        for node in ast.walk(ast.parse(seen[file])):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ftops.numba_kernels"):
+                names = [node.module.removeprefix("ftops.numba_kernels").lstrip(".")] + [alias.name for alias in node.names]
+                waiting += [found for name in names if name and (found := Path(__file__).with_name(f"{name}.py").resolve()).is_file()]
+    return hashlib.sha256(b"\0".join(seen[file] for file in sorted(seen, key=lambda f: f.name))).hexdigest()
+
+
+def _read(path: Path) -> Cubin | None:
+    """A stored cubin, or None where there is none or it is not whole: it will be made anew."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    head = len(_MAGIC) + 32
+    if not data.startswith(_MAGIC) or hashlib.sha256(data[head:]).digest() != data[len(_MAGIC):head]:
+        return None
+    (length,) = struct.unpack_from("<I", data, head)
+    about = json.loads(data[head + 4 : head + 4 + length])
+    return Cubin(code=data[head + 4 + length :], **{**about, "warnings": tuple(about["warnings"])})
+
+
+def _write(path: Path, made: Cubin) -> None:
+    """Atomic: a reader sees the whole file or none. A folder that cannot be written costs a compile a process, nothing else."""
+    about = json.dumps({k: v for k, v in vars(made).items() if k != "code"}).encode()
+    payload = struct.pack("<I", len(about)) + about + made.code
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(_MAGIC + hashlib.sha256(payload).digest() + payload)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError:
+        return

@@ -1,0 +1,55 @@
+"""python -m ftops.numba_kernels.prebuild [ARCH ...]: compiles every kernel variant into the disk cache, in parallel.
+
+Without arguments: for the GPU that is there. Prints registers and spills of each kernel, and exits with 1 if one spills unannounced
+or the linker serialised wgmma or ignored setmaxnreg (C7509, C7504).
+"""
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from ftops.numba_kernels import KERNELS, variants
+from ftops.numba_kernels.compile import Cubin, Spec, cubin
+
+
+def complaints(spec: Spec, made: Cubin) -> str:
+    """What is wrong with a compiled kernel, or an empty string."""
+    wrong = [w for w in made.warnings if "C7504" in w or "C7509" in w]
+    if made.spill_bytes > spec.spills:
+        wrong.append(f"spills {made.spill_bytes} bytes, {spec.spills} are announced")
+    return "; ".join(wrong)
+
+
+def build_kernel(name: str, index: int, arch: str) -> tuple[str, int, str]:
+    """Compiles variant `index` of kernel `name`; (name of the variant, registers, what is wrong). Specs do not travel between processes."""
+    spec = [s for s in variants() if s.make.__module__.endswith(f".{name}")][index]
+    made = cubin(spec, arch)
+    return spec.name, made.registers, complaints(spec, made)
+
+
+def build_all(arches: list[str], workers: int | None = None) -> Iterator[tuple[str, str, int, str]]:
+    """(arch, variant, registers, what is wrong) of every kernel variant, compiled in `workers` processes."""
+    counts = {name: sum(s.make.__module__.endswith(f".{name}") for s in variants()) for name in KERNELS}
+    jobs = [(name, index, arch) for arch in arches for name, count in counts.items() for index in range(count)]
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for (_, _, arch), (variant, registers, wrong) in zip(jobs, pool.map(build_kernel, *zip(*jobs, strict=True)), strict=True):
+            yield arch, variant, registers, wrong
+
+
+def main() -> int:
+    arches = sys.argv[1:]
+    if not arches:
+        from ftops.numba_kernels.launch import architecture
+        arches = [architecture(0)]
+    bad = 0
+    for arch, variant, registers, wrong in build_all(arches):
+        print(f"{arch:8} {registers:4} registers  {variant}  {wrong}")
+        bad += bool(wrong)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Every PTX instruction used, as a Numba intrinsic. PTX ISA 8.x names; operands by letter: r = u32, l = u64, f = f32.
+
+16-bit values travel as the two halves of a u32: Numba's own float16 and bfloat16 link C++ and double the compile time.
+Numba is imported here and in the kernel files only, so this module is loaded at the first use of a kernel.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names what NumPy 2.5 removed
+    np.row_stack = np.vstack
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+_OPERAND = {"r": (ir.IntType(32), types.uint32), "l": (ir.IntType(64), types.uint64), "f": (ir.FloatType(), types.float32)}
+
+
+def _as_intrinsic(name: str, params: list[str], codegen: Callable, result: types.Type) -> Callable:
+    """`intrinsic` wants a function with a fixed parameter list, so its typing function is written out."""
+    arguments = ", ".join(params)
+    source = f"def {name}({', '.join(['typingctx', *params])}):\n    return typed({arguments}), codegen\n"
+    scope = {"typed": lambda *args: signature(result, *args), "codegen": codegen}
+    exec(source, scope)
+    return intrinsic(scope[name])
+
+
+def ptx(name: str, asm: str, outs: str = "", ins: str = "", pure: bool = False) -> Callable:
+    """Intrinsic `name(*ins)` for one PTX text; returns nothing, a scalar, or a tuple. `pure` lets LLVM move, merge or drop it."""
+    result_ir = ir.VoidType() if not outs else _OPERAND[outs][0] if len(outs) == 1 else ir.LiteralStructType([_OPERAND[c][0] for c in outs])
+    result = types.void if not outs else _OPERAND[outs][1] if len(outs) == 1 else types.UniTuple(_OPERAND[outs[0]][1], len(outs))
+    constraints = ",".join(["=" + c for c in outs] + list(ins) + ([] if pure else ["~{memory}"]))
+
+    def codegen(context, builder, sig, args):
+        values = [context.cast(builder, a, t, _OPERAND[c][1]) for a, t, c in zip(args, sig.args, ins, strict=True)]
+        function = ir.InlineAsm(ir.FunctionType(result_ir, [_OPERAND[c][0] for c in ins]), asm, constraints, side_effect=not pure)
+        call = builder.call(function, values)
+        if not outs:
+            return context.get_dummy_value()
+        if len(outs) == 1:
+            return call
+        packed = ir.Constant(ir.ArrayType(_OPERAND[outs[0]][0], len(outs)), ir.Undefined)
+        for i in range(len(outs)):
+            packed = builder.insert_value(packed, builder.extract_value(call, i), i)
+        return packed
+
+    return _as_intrinsic(name, [f"a{i}" for i in range(len(ins))], codegen, result)
+
+
+def ptx_accumulate(name: str, asm: str, count: int, ins: str) -> Callable:
+    """Intrinsic `name(acc, start, *ins)`: `asm` updates acc[start : start + count], float32, in place.
+
+    acc is a cuda.local.array; LLVM keeps it in registers as long as `start` and every other index is a constant after unrolling.
+    In `asm`, $0 .. $(count - 1) are the accumulators and the inputs start at $(2 count).
+    """
+    f32, i64 = ir.FloatType(), ir.IntType(64)
+    constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + list(ins) + ["~{memory}"])
+
+    def codegen(context, builder, sig, args):
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        start = context.cast(builder, args[1], sig.args[1], types.int64)
+        pointers = [builder.gep(data, [builder.add(start, ir.Constant(i64, i))]) for i in range(count)]
+        values = [context.cast(builder, a, t, _OPERAND[c][1]) for a, t, c in zip(args[2:], sig.args[2:], ins, strict=True)]
+        function = ir.InlineAsm(ir.FunctionType(ir.LiteralStructType([f32] * count), [f32] * count + [_OPERAND[c][0] for c in ins]),
+                                asm, constraints, side_effect=True)
+        out = builder.call(function, [builder.load(p) for p in pointers] + values)
+        for i, pointer in enumerate(pointers):
+            builder.store(builder.extract_value(out, i), pointer)
+        return context.get_dummy_value()
+
+    return _as_intrinsic(name, ["acc", "start"] + [f"a{i}" for i in range(len(ins))], codegen, types.void)
+
+
+@intrinsic
+def shared_address(typingctx, array):
+    """32-bit shared-memory address of a cuda.shared.array."""
+    def codegen(context, builder, sig, args):
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        function = ir.InlineAsm(ir.FunctionType(ir.IntType(64), [ir.IntType(64)]), "cvta.to.shared.u64 $0, $1;", "=l,l")
+        return builder.trunc(builder.call(function, [builder.ptrtoint(data, ir.IntType(64))]), ir.IntType(32))
+    return signature(types.uint32, array), codegen
+
+
+# Global memory. `nc` goes through the read-only path: only for data that no thread of the launch writes.
+ld_global_16 = ptx("ld_global_16", "{ .reg .b16 t; ld.global.nc.b16 t, [$1]; cvt.u32.u16 $0, t; }", "r", "l")
+ld_global_8 = ptx("ld_global_8", "{ .reg .b16 t; ld.global.nc.u8 t, [$1]; cvt.u32.u16 $0, t; }", "r", "l")
+ld_global_32 = ptx("ld_global_32", "ld.global.nc.b32 $0, [$1];", "r", "l")
+ld_global_f32 = ptx("ld_global_f32", "ld.global.nc.f32 $0, [$1];", "f", "l")
+ld_global_64 = ptx("ld_global_64", "ld.global.nc.v2.b32 {$0, $1}, [$2];", "rr", "l")
+ld_global_u64 = ptx("ld_global_u64", "ld.global.nc.b64 $0, [$1];", "l", "l")
+ld_global_128 = ptx("ld_global_128", "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "l")
+st_global_16 = ptx("st_global_16", "{ .reg .b16 t; cvt.u16.u32 t, $1; st.global.b16 [$0], t; }", "", "lr")
+st_global_8 = ptx("st_global_8", "{ .reg .b16 t; cvt.u16.u32 t, $1; st.global.u8 [$0], t; }", "", "lr")
+st_global_32 = ptx("st_global_32", "st.global.b32 [$0], $1;", "", "lr")
+st_global_f32 = ptx("st_global_f32", "st.global.f32 [$0], $1;", "", "lf")
+st_global_64 = ptx("st_global_64", "st.global.v2.b32 [$0], {$1, $2};", "", "lrr")
+st_global_128 = ptx("st_global_128", "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "", "lrrrr")
+
+# Shared memory.
+ld_shared_32 = ptx("ld_shared_32", "ld.shared.b32 $0, [$1];", "r", "r")
+ld_shared_f32 = ptx("ld_shared_f32", "ld.shared.f32 $0, [$1];", "f", "r")
+ld_shared_128 = ptx("ld_shared_128", "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "r")
+st_shared_32 = ptx("st_shared_32", "st.shared.b32 [$0], $1;", "", "rr")
+st_shared_f32 = ptx("st_shared_f32", "st.shared.f32 [$0], $1;", "", "rf")
+st_shared_128 = ptx("st_shared_128", "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "", "rrrrr")
+
+# Asynchronous copies, sm_80 and up. $2 is how many of the 16 bytes to read; the rest is written as zeros.
+cp_async_16 = ptx("cp_async_16", "cp.async.cg.shared.global [$0], [$1], 16, $2;", "", "rlr")
+cp_async_commit = ptx("cp_async_commit", "cp.async.commit_group;")
+cp_async_wait_0 = ptx("cp_async_wait_0", "cp.async.wait_group 0;")
+cp_async_wait_1 = ptx("cp_async_wait_1", "cp.async.wait_group 1;")
+cp_async_wait_2 = ptx("cp_async_wait_2", "cp.async.wait_group 2;")
+
+# Tensor cores, sm_80 and up: acc[16 x 8] += A[16 x 16] B[16 x 8], fragments as in the PTX ISA, section "mma.m16n8k16".
+ldmatrix_x4 = ptx("ldmatrix_x4", "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", "rrrr", "r")
+ldmatrix_x4_trans = ptx("ldmatrix_x4_trans", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];", "rrrr", "r")
+_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.%s.%s.f32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};"
+mma_bf16 = ptx_accumulate("mma_bf16", _MMA % ("bf16", "bf16"), 4, "rrrrrr")
+mma_f16 = ptx_accumulate("mma_f16", _MMA % ("f16", "f16"), 4, "rrrrrr")
+MMA = {"bfloat16": mma_bf16, "float16": mma_f16}
+
+# Conversions. A pair is a u32 whose low half comes first in memory.
+bits_f32 = ptx("bits_f32", "mov.b32 $0, $1;", "f", "r", pure=True)
+f32_bits = ptx("f32_bits", "mov.b32 $0, $1;", "r", "f", pure=True)
+bf16_low = ptx("bf16_low", "{ .reg .b32 t; shl.b32 t, $1, 16; mov.b32 $0, t; }", "f", "r", pure=True)
+bf16_high = ptx("bf16_high", "{ .reg .b32 t; and.b32 t, $1, 0xffff0000; mov.b32 $0, t; }", "f", "r", pure=True)
+bf16_pair = ptx("bf16_pair", "cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff", pure=True)
+f16_low = ptx("f16_low", "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", "f", "r", pure=True)
+f16_high = ptx("f16_high", "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", "f", "r", pure=True)
+f16_pair = ptx("f16_pair", "cvt.rn.f16x2.f32 $0, $2, $1;", "r", "ff", pure=True)
+LOW = {"bfloat16": bf16_low, "float16": f16_low}
+HIGH = {"bfloat16": bf16_high, "float16": f16_high}
+PAIR = {"bfloat16": bf16_pair, "float16": f16_pair}
+
+# float32 arithmetic. Python literals are float64 in Numba: constants are written np.float32(...), and division is `reciprocal`.
+fma = ptx("fma", "fma.rn.f32 $0, $1, $2, $3;", "f", "fff", pure=True)
+maximum = ptx("maximum", "max.f32 $0, $1, $2;", "f", "ff", pure=True)
+minimum = ptx("minimum", "min.f32 $0, $1, $2;", "f", "ff", pure=True)
+exp2 = ptx("exp2", "ex2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
+log2 = ptx("log2", "lg2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
+reciprocal = ptx("reciprocal", "rcp.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
+divide = ptx("divide", "div.full.f32 $0, $1, $2;", "f", "ff", pure=True)
+rsqrt = ptx("rsqrt", "rsqrt.approx.f32 $0, $1;", "f", "f", pure=True)
+tanh_approx = ptx("tanh_approx", "tanh.approx.f32 $0, $1;", "f", "f", pure=True)
+
+# Warp shuffles.
+shuffle_xor = {n: ptx(f"shuffle_xor_{n}", f"shfl.sync.bfly.b32 $0, $1, {n}, 0x1f, 0xffffffff;", "f", "f") for n in (1, 2, 4, 8, 16)}
