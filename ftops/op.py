@@ -20,7 +20,7 @@ def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], 
     """Registers `schema` (e.g. "rms_norm(Tensor x, ...) -> Tensor") under the namespace ftops and returns its handle.
 
     cpu, cuda: implementations for tensors on those devices. fake: the same signature, on shapes and dtypes alone, for tracing.
-    Ops have no derivative: called on tensors that require grad while grad mode is on, they raise (see `require_no_grad`).
+    Ops have no derivative: called on tensors that require grad while grad mode is on, their public functions raise (`check_tensors`).
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
@@ -30,39 +30,51 @@ def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], 
     return getattr(torch.ops.ftops, name).default
 
 
-def require(condition: bool, op: str, argument: str, got: object, allowed: str) -> None:
-    """Raises ValueError naming the op, the argument, what it was and what is allowed."""
-    if not condition:
-        raise ValueError(f"{op}: {argument} is {got}; allowed: {allowed}")
+def invalid(op: str, argument: str, got: object, allowed: str) -> ValueError:
+    """The error of an op's public function: the argument, what it was and what is allowed.
+
+    Written `if <wrong>: raise invalid(...)`: a call with good arguments formats no message, and tracing one fixes no size.
+    """
+    return ValueError(f"{op}: {argument} is {got}; allowed: {allowed}")
 
 
-def require_dtype(op: str, **tensors: torch.Tensor) -> None:
-    """Every tensor must have one of float32, float16, bfloat16, and all the same."""
-    first = next(iter(tensors.values())).dtype
+def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
+    """The floating tensors of an op: one dtype out of DTYPES, one device, and no gradient that would be lost. None is skipped."""
+    grad = torch.is_grad_enabled()
+    first = None
     for argument, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{op}: {argument}.dtype is {tensor.dtype}; allowed: float32, float16, bfloat16")
-        if tensor.dtype is not first:
-            raise ValueError(f"{op}: {argument}.dtype is {tensor.dtype} but {next(iter(tensors))}.dtype is {first}; "
-                             f"convert one of them, {argument}.to({first})")
+        if tensor is None:
+            continue
+        if first is None:
+            first, dtype, device = argument, tensor.dtype, tensor.device
+            if dtype not in DTYPES:
+                raise invalid(op, f"{argument}.dtype", dtype, "float32, float16, bfloat16")
+            if not (tensor.is_cuda or tensor.is_cpu or tensor.is_meta):
+                raise invalid(op, f"{argument}.device", device, "cpu and cuda")
+        elif tensor.dtype is not dtype:
+            raise ValueError(f"{op}: {argument}.dtype is {tensor.dtype} but {first}.dtype is {dtype}; "
+                             f"convert one of them, {argument}.to({dtype})")
+        elif tensor.device != device:
+            raise ValueError(f"{op}: {argument} is on {tensor.device} but {first} is on {device}; move one of them")
+        if grad and tensor.requires_grad:
+            raise _needs_grad(op, argument)
 
 
-def require_device(op: str, **tensors: torch.Tensor | None) -> None:
-    """Every tensor that is given must lie on one device, a CPU or a CUDA one."""
-    given = {argument: tensor for argument, tensor in tensors.items() if tensor is not None}
-    argument, first = next(iter(given.items()))
-    if first.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"{op}: {argument} is on {first.device}; allowed: cpu and cuda")
-    for other, tensor in given.items():
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: {other} is on {tensor.device} but {argument} is on {first.device}; move one of them")
+def check_beside(op: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """The other tensors of an op, of any dtype: on `device`, and no gradient that would be lost. None is skipped."""
+    grad = torch.is_grad_enabled()
+    for argument, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{op}: {argument} is on {tensor.device} but the first argument is on {device}; move one of them")
+        if grad and tensor.requires_grad:
+            raise _needs_grad(op, argument)
 
 
-def require_no_grad(op: str, *tensors: torch.Tensor | None) -> None:
-    """The ops serve inference. A gradient that would be lost is refused instead."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(f"{op}: an input requires grad and ftops ops have no derivative; "
-                           "call under torch.no_grad() or torch.inference_mode(), or detach the inputs")
+def _needs_grad(op: str, argument: str) -> RuntimeError:
+    return RuntimeError(f"{op}: {argument} requires grad and ftops ops have no derivative; "
+                        "call under torch.no_grad() or torch.inference_mode(), or detach it")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
-from ftops.op import Case, register, require, require_device, require_dtype, require_no_grad
-from ftops.samples import integers, randn
+from ftops.op import Case, check_beside, check_tensors, invalid, register
+from ftops.samples import randn
 
 CACHE_8BIT = (torch.int8, torch.float8_e4m3fn)
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def to_cache(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
@@ -56,43 +57,59 @@ def append_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: 
     k_scale and v_scale[Hkv] float32 (then k / k_scale is stored). A position below 0 or past the capacity is skipped, as is a page
     outside the pool. Positions of one sequence should differ. Any strides. Raises ValueError.
     """
-    require_no_grad("append_kv", k, v)
-    require_dtype("append_kv", k=k, v=v)
-    require_device("append_kv", k=k, v=v, k_cache=k_cache, v_cache=v_cache, positions=positions, page_table=page_table, k_scale=k_scale, v_scale=v_scale)
-    require(k.dim() == 4 and v.shape == k.shape, "append_kv", "k.shape, v.shape", (tuple(k.shape), tuple(v.shape)), "two alike, [B,T,Hkv,D]")
-    require(positions.shape == k.shape[:2] and positions.dtype in (torch.int32, torch.int64), "append_kv", "positions",
-            f"{positions.dtype} {tuple(positions.shape)}", f"int32 or int64 {tuple(k.shape[:2])}")
-    check_cache("append_kv", k, k_cache, v_cache, page_table, k_scale, v_scale)
+    op = "append_kv"
+    check_tensors(op, k=k, v=v)
+    check_beside(op, k.device, k_cache=k_cache, v_cache=v_cache, positions=positions, page_table=page_table,
+                 k_scale=k_scale, v_scale=v_scale)
+    shape = k.shape
+    if len(shape) != 4 or v.shape != shape:
+        raise invalid(op, "k.shape, v.shape", (tuple(shape), tuple(v.shape)), "two alike, [B,T,Hkv,D]")
+    if positions.shape != shape[:2] or positions.dtype not in INDEX_DTYPES:
+        raise invalid(op, "positions", f"{positions.dtype} {tuple(positions.shape)}", f"int32 or int64 {tuple(shape[:2])}")
+    check_cache(op, k, k_cache, v_cache, page_table, k_scale, v_scale)
+    if k_cache.shape[2] != shape[2]:
+        raise invalid(op, "k_cache's heads", k_cache.shape[2], f"k's, {shape[2]}")
     APPEND_KV(k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale)
 
 
 def check_cache(op: str, x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, page_table: torch.Tensor | None,
                 k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> None:
     """Caches that fit x[B,T,heads,D]: dtype, scales, head_dim, and either B rows or a page table of B rows."""
-    require(k_cache.dim() == 4 and v_cache.shape == k_cache.shape and v_cache.dtype is k_cache.dtype, op, "k_cache, v_cache",
-            f"{k_cache.dtype} {tuple(k_cache.shape)}, {v_cache.dtype} {tuple(v_cache.shape)}", "two alike, of 4 dimensions")
-    require(k_cache.shape[3] == x.shape[3], op, "k_cache's head_dim", k_cache.shape[3], str(x.shape[3]))
-    heads = k_cache.shape[2]
-    require(heads > 0 and x.shape[2] % heads == 0, op, "k_cache's heads", heads, f"a divisor of {x.shape[2]}")
+    shape, cache = x.shape, k_cache.shape
+    if len(cache) != 4 or v_cache.shape != cache or v_cache.dtype is not k_cache.dtype:
+        raise invalid(op, "k_cache, v_cache", f"{k_cache.dtype} {tuple(cache)}, {v_cache.dtype} {tuple(v_cache.shape)}",
+                      "two alike, of 4 dimensions")
+    if cache[3] != shape[3]:
+        raise invalid(op, "k_cache's head_dim", cache[3], shape[3])
+    heads = cache[2]
+    if not heads or shape[2] % heads:
+        raise invalid(op, "k_cache's heads", heads, f"a divisor of {shape[2]}")
     if page_table is None:
-        require(k_cache.shape[0] == x.shape[0], op, "k_cache.shape[0]", k_cache.shape[0], f"the batch size, {x.shape[0]}, unless page_table is given")
-    else:
-        require(page_table.dim() == 2 and page_table.shape[0] == x.shape[0] and page_table.dtype is torch.int32, op, "page_table",
-                f"{page_table.dtype} {tuple(page_table.shape)}", f"int32 [{x.shape[0]}, n]")
-    if k_cache.dtype in CACHE_8BIT:
-        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-            if scale is None:
-                raise ValueError(f"{op}: k_cache.dtype is {k_cache.dtype} but {name} is None; pass k_scale and v_scale "
-                                 f"([{heads}] float32) or a cache of {x.dtype}")
-            require(scale.shape == (heads,) and scale.dtype is torch.float32, op, name, f"{scale.dtype} {tuple(scale.shape)}", f"float32 ({heads},)")
-    else:
-        require(k_cache.dtype is x.dtype, op, "k_cache.dtype", k_cache.dtype, f"{x.dtype}, torch.int8 or torch.float8_e4m3fn")
-        require(k_scale is None and v_scale is None, op, "k_scale, v_scale", "given", "None for a cache that is not 8-bit")
+        if cache[0] != shape[0]:
+            raise invalid(op, "k_cache.shape[0]", cache[0], f"the batch size, {shape[0]}, unless page_table is given")
+    elif len(page_table.shape) != 2 or page_table.shape[0] != shape[0] or page_table.dtype is not torch.int32:
+        raise invalid(op, "page_table", f"{page_table.dtype} {tuple(page_table.shape)}", f"int32 [{shape[0]}, n]")
+    if k_cache.dtype is x.dtype:
+        if k_scale is not None or v_scale is not None:
+            raise invalid(op, "k_scale, v_scale", "given", f"None for a cache of {x.dtype}; they belong to an 8-bit one")
+        return
+    if k_cache.dtype not in CACHE_8BIT:
+        raise invalid(op, "k_cache.dtype", k_cache.dtype, f"{x.dtype}, torch.int8 or torch.float8_e4m3fn")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is None:
+            raise ValueError(f"{op}: k_cache.dtype is {k_cache.dtype} but {name} is None; pass k_scale and v_scale "
+                             f"([{heads}] float32) or a cache of {x.dtype}")
+        if scale.shape != (heads,) or scale.dtype is not torch.float32:
+            raise invalid(op, name, f"{scale.dtype} {tuple(scale.shape)}", f"float32 ({heads},)")
 
 
-def _sample(device: torch.device, dtype: torch.dtype, *, batch: int = 3, new: int = 1, kv_heads: int = 2, head_dim: int = 64, capacity: int = 48,
-            page_size: int | None = None, cache_dtype: torch.dtype | None = None, first: int = -1, heads_first: bool = False) -> tuple[tuple, dict]:
-    k, v = (randn((batch, new, kv_heads, head_dim), device, dtype) for _ in range(2))
+def _sample(device: torch.device, dtype: torch.dtype, *, batch: int = 3, new: int = 1, kv_heads: int = 2, head_dim: int = 64,
+            capacity: int = 48, page_size: int | None = None, cache_dtype: torch.dtype | None = None, first: int = -1,
+            index: torch.dtype = torch.int64, heads_first: bool = False, fused: bool = False) -> tuple[tuple, dict]:
+    if fused:  # k and v as views of one QKV buffer, the way a fused projection leaves them
+        k, v = randn((batch, new, 3 * kv_heads, head_dim), device, dtype)[:, :, kv_heads:].split(kv_heads, 2)
+    else:
+        k, v = (randn((batch, new, kv_heads, head_dim), device, dtype) for _ in range(2))
     options = {}
     if page_size:
         per_row = capacity // page_size
@@ -105,16 +122,23 @@ def _sample(device: torch.device, dtype: torch.dtype, *, batch: int = 3, new: in
         caches = [c.new_zeros(batch, kv_heads, capacity, head_dim).transpose(1, 2) for c in caches]
     if cache_dtype:
         options |= {name: (torch.rand(kv_heads) * 0.02 + 0.01).to(device) for name in ("k_scale", "v_scale")}
-    positions = torch.arange(new).unsqueeze(0) + integers([first + 17 * row for row in range(batch)], torch.device("cpu")).unsqueeze(-1)
-    return (k, v, *caches, positions.to(device)), options
+    positions = torch.arange(new) + torch.tensor([first + 17 * row for row in range(batch)], dtype=torch.int64).unsqueeze(-1)
+    return (k, v, *caches, positions.to(device, index)), options
 
 
 def cases() -> Iterator[Case]:
+    int8, fp8 = {"cache_dtype": torch.int8}, {"cache_dtype": torch.float8_e4m3fn}
+    prefill = {"new": 13, "first": 0}
     samples = {
-        "decode": {}, "prefill": {"new": 13, "first": 0}, "skipped": {"new": 3, "first": -2}, "beyond": {"new": 20, "first": 0}, "d128": {"head_dim": 128},
-        "odd": {"head_dim": 59, "kv_heads": 1}, "heads_first": {"heads_first": True, "new": 5}, "paged": {"page_size": 16, "new": 20, "first": 0},
-        "int8": {"cache_dtype": torch.int8, "new": 5, "first": 0}, "fp8": {"cache_dtype": torch.float8_e4m3fn, "new": 5, "first": 0},
-        "paged_int8": {"cache_dtype": torch.int8, "page_size": 16, "new": 5, "first": 0}, "empty_batch": {"batch": 0}, "no_tokens": {"new": 0},
+        "decode": {}, "prefill": prefill, "int32": prefill | {"index": torch.int32}, "skipped": {"new": 3, "first": -2},
+        "beyond": {"new": 20, "first": 0}, "d128": prefill | {"head_dim": 128}, "d256": {"head_dim": 256, "kv_heads": 1},
+        "odd": prefill | {"head_dim": 59, "kv_heads": 1},
+        "heads_first": prefill | {"heads_first": True}, "fused": prefill | {"fused": True},
+        "paged": {"page_size": 16, "new": 20, "first": 0}, "paged_small": {"page_size": 3, "new": 20, "first": 5},
+        "int8": prefill | int8, "fp8": prefill | fp8, "odd_int8": prefill | int8 | {"head_dim": 59},
+        "heads_first_fp8": fp8 | {"heads_first": True},
+        "paged_int8": prefill | int8 | {"page_size": 16}, "paged_fp8": prefill | fp8 | {"page_size": 16},
+        "empty_batch": {"batch": 0}, "no_tokens": {"new": 0},
     }
     for name, options in samples.items():
         yield Case(name, lambda device, dtype, options=options: _sample(device, dtype, **options))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from ftops.op import Case, register, require, require_device, require_dtype, require_no_grad
+from ftops.op import Case, check_tensors, invalid, register
 from ftops.samples import randn
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -48,24 +48,24 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> to
 
     float32, float16 or bfloat16 (arithmetic in float32), any strides; the result is contiguous. Raises ValueError.
     """
-    require_no_grad("bias_activation", x, bias)
-    require(kind in ACTIVATIONS, "bias_activation", "kind", repr(kind), ", ".join(ACTIVATIONS))
-    require(x.dim() >= 1, "bias_activation", "x.dim()", x.dim(), "1 or more")
-    if bias is None:
-        require_dtype("bias_activation", x=x)
-        require_device("bias_activation", x=x)
-    else:
-        require(bias.shape == x.shape[-1:], "bias_activation", "bias.shape", tuple(bias.shape), f"({x.shape[-1]},), x's last dimension")
-        require_dtype("bias_activation", x=x, bias=bias)
-        require_device("bias_activation", x=x, bias=bias)
+    check_tensors("bias_activation", x=x, bias=bias)
+    if kind not in ACTIVATIONS:
+        raise invalid("bias_activation", "kind", repr(kind), ", ".join(ACTIVATIONS))
+    shape = x.shape
+    if not shape:
+        raise invalid("bias_activation", "x.dim()", 0, "1 or more")
+    if bias is not None and bias.shape != shape[-1:]:
+        raise invalid("bias_activation", "bias.shape", tuple(bias.shape), f"({shape[-1]},), x's last dimension")
     return BIAS_ACTIVATION(x, bias, kind)
 
 
 def cases() -> Iterator[Case]:
     for kind in ACTIVATIONS:
-        yield Case(kind, lambda device, dtype, kind=kind: ((randn((3, 5, 3072), device, dtype, 3.0), randn((3072,), device, dtype), kind), {}))
+        yield Case(kind, lambda device, dtype, kind=kind: (
+            (randn((3, 5, 3072), device, dtype, 3.0), randn((3072,), device, dtype), kind), {}))
     for name, shape in {"odd": (7, 111), "one": (1, 1), "empty": (0, 64), "wide": (2, 28672)}.items():
-        yield Case(name, lambda device, dtype, shape=shape: ((randn(shape, device, dtype), randn(shape[-1:], device, dtype), "gelu"), {}))
+        yield Case(name, lambda device, dtype, shape=shape: (
+            (randn(shape, device, dtype), randn(shape[-1:], device, dtype), "gelu"), {}))
     yield Case("no_bias", lambda device, dtype: ((randn((4, 512), device, dtype), None, "gelu_tanh"), {}))
     yield Case("sliced", lambda device, dtype: ((randn((9, 300), device, dtype)[:, 3:259], randn((256,), device, dtype), "gelu"), {}))
     yield Case("transposed", lambda device, dtype: ((randn((64, 9), device, dtype).T, randn((128,), device, dtype)[::2], "silu"), {}))

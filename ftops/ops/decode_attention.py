@@ -10,16 +10,16 @@ from collections.abc import Iterator
 import torch
 
 from ftops.formula import attention_formula
-from ftops.op import Case, register, require, require_device, require_dtype, require_no_grad
+from ftops.op import Case, check_beside, check_tensors, invalid, register
 from ftops.ops.append_kv import CACHE_8BIT, check_cache, to_cache
-from ftops.ops.attention import check_bias, check_options
+from ftops.ops.attention import MAX_HEAD_DIM, check_bias, check_options
 from ftops.samples import integers, randn
 
 MAX_NEW_TOKENS = 16
 
 
 def _gather(cache: torch.Tensor, page_table: torch.Tensor | None, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The cache as [B,S,Hkv,D] in `dtype`. A page outside the pool reads as NaN, which no valid length may reach."""
+    """The cache as [B,S,Hkv,D] in `dtype`. A page outside the pool reads as zeros."""
     if page_table is not None:
         pages = page_table.long()
         valid = (pages >= 0) & (pages < cache.shape[0])
@@ -49,8 +49,8 @@ def _cuda(*args: object) -> torch.Tensor:
 
 
 DECODE_ATTENTION = register(
-    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? page_table, float scale, int window, float softcap, "
-    "Tensor? bias, Tensor? alibi_slopes, Tensor? k_scale, Tensor? v_scale) -> Tensor",
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? page_table, float scale, int window, "
+    "float softcap, Tensor? bias, Tensor? alibi_slopes, Tensor? k_scale, Tensor? v_scale) -> Tensor",
     cpu=reference, cuda=_cuda, fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device))
 
 
@@ -60,34 +60,39 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
                      v_scale: torch.Tensor | None = None) -> torch.Tensor:
     """Attention of the T <= 16 newest tokens, q[B,T,H,D], over the cache that already holds them. Returns [B,T,H,D], contiguous.
 
-    lengths[B] int32 counts the tokens in the cache, the new ones included; 0 gives 0. The caches are [B,S,Hkv,D], or
-    [pages,page_size,Hkv,D] with page_table[B,n] int32; in q's dtype, or int8 or float8_e4m3fn with k_scale and v_scale[Hkv] float32.
-    window: how many tokens to the left of itself a query sees (None: all). bias, in q's dtype or float32, broadcasts to [B,H,T,S]
-    and is added; -inf hides a key. scale defaults to D ** -0.5; softcap and alibi_slopes as in `attention`.
+    lengths[B] int32 counts the tokens in the cache, the new ones included, and is at most its capacity; 0 gives 0.
+    The caches are [B,S,Hkv,D], or [pages,page_size,Hkv,D] with page_table[B,n] int32; in q's dtype, or int8 or float8_e4m3fn with
+    k_scale and v_scale[Hkv] float32. window: how many tokens to the left of itself a query sees (None: all). bias, in q's dtype or
+    float32, broadcasts to [B,H,T,S] and is added; -inf hides a key. scale (D ** -0.5), softcap and alibi_slopes as in `attention`.
     A page outside the pool is never read. float32, float16 or bfloat16, any strides. Raises ValueError.
     """
     op = "decode_attention"
-    require_no_grad(op, q, k_cache, v_cache, bias)
-    require_dtype(op, q=q)
-    require_device(op, q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, page_table=page_table, bias=bias, alibi_slopes=alibi_slopes,
-                   k_scale=k_scale, v_scale=v_scale)
-    require(q.dim() == 4 and q.shape[1] <= MAX_NEW_TOKENS, op, "q.shape", tuple(q.shape), f"[B,T,H,D] with T <= {MAX_NEW_TOKENS}; longer: attention")
-    require(0 < q.shape[3] <= 256, op, "head_dim", q.shape[3], "1 to 256")
+    check_tensors(op, q=q)
+    check_beside(op, q.device, k_cache=k_cache, v_cache=v_cache, lengths=lengths, page_table=page_table, bias=bias,
+                 alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale)
+    shape = q.shape
+    if len(shape) != 4 or shape[1] > MAX_NEW_TOKENS:
+        raise invalid(op, "q.shape", tuple(shape), f"[B,T,H,D] with T <= {MAX_NEW_TOKENS}; for more use attention")
+    batch, new, heads, head_dim = shape
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise invalid(op, "head_dim", head_dim, f"1 to {MAX_HEAD_DIM}")
     check_cache(op, q, k_cache, v_cache, page_table, k_scale, v_scale)
-    require(lengths.shape == q.shape[:1] and lengths.dtype is torch.int32, op, "lengths", f"{lengths.dtype} {tuple(lengths.shape)}", f"int32 ({q.shape[0]},)")
-    require(window is None or window >= -1, op, "window", window, "None, or tokens to the left, 0 or more")
-    check_options(op, q, softcap, alibi_slopes)
+    if lengths.shape != (batch,) or lengths.dtype is not torch.int32:
+        raise invalid(op, "lengths", f"{lengths.dtype} {tuple(lengths.shape)}", f"int32 ({batch},)")
+    if window is not None and window < -1:
+        raise invalid(op, "window", window, "None, or how many tokens to the left, 0 or more")
+    check_options(op, heads, softcap, alibi_slopes)
     if bias is not None:
         keys = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
-        check_bias(op, bias, q, (q.shape[0], q.shape[2], q.shape[1], keys))
-        bias = bias.expand(q.shape[0], q.shape[2], q.shape[1], keys)
-    return DECODE_ATTENTION(q, k_cache, v_cache, lengths, page_table, q.shape[-1] ** -0.5 if scale is None else scale,
+        bias = check_bias(op, bias, q, (batch, heads, new, keys))
+    return DECODE_ATTENTION(q, k_cache, v_cache, lengths, page_table, head_dim ** -0.5 if scale is None else scale,
                             -1 if window is None else window, softcap, bias, alibi_slopes, k_scale, v_scale)
 
 
-def _sample(device: torch.device, dtype: torch.dtype, *, lengths: tuple[int, ...] = (1, 97, 200), new: int = 1, heads: int = 8, kv_heads: int = 2,
-            head_dim: int = 64, capacity: int = 208, page_size: int | None = None, cache_dtype: torch.dtype | None = None,
-            heads_first: bool = False, bias: bool = False, alibi: bool = False, **options: object) -> tuple[tuple, dict]:
+def _sample(device: torch.device, dtype: torch.dtype, *, lengths: tuple[int, ...] = (1, 97, 200), new: int = 1, heads: int = 8,
+            kv_heads: int = 2, head_dim: int = 64, capacity: int = 208, page_size: int | None = None,
+            cache_dtype: torch.dtype | None = None, heads_first: bool = False, bias: tuple[int, ...] | None = None,
+            alibi: bool = False, **options: object) -> tuple[tuple, dict]:
     batch = len(lengths)
     q = randn((batch, new, heads, head_dim), device, dtype)
     caches = [randn((batch, capacity, kv_heads, head_dim), device, dtype) for _ in range(2)]
@@ -99,30 +104,43 @@ def _sample(device: torch.device, dtype: torch.dtype, *, lengths: tuple[int, ...
         caches = [to_cache(c.nan_to_num(3.0), cache_dtype, s) for c, s in zip(caches, scales, strict=True)]
         options |= {"k_scale": scales[0], "v_scale": scales[1]}
     if page_size:
-        order = torch.randperm(batch * (capacity // page_size)).to(device)
-        caches = [torch.empty_like(c).view(-1, page_size, kv_heads, head_dim).index_copy_(0, order, c.view(-1, page_size, kv_heads, head_dim))
-                  if c.dtype is not torch.float8_e4m3fn else
-                  torch.empty_like(c).view(torch.int8).view(-1, page_size, kv_heads, head_dim).index_copy_(
-                      0, order, c.view(torch.int8).view(-1, page_size, kv_heads, head_dim)).view(c.dtype) for c in caches]
-        options["page_table"] = order.view(batch, -1).to(torch.int32)
+        # Page order[i] holds what page i of the contiguous cache held; one page in front belongs to nobody.
+        order = torch.randperm(batch * (capacity // page_size)) + 1
+        pools = [torch.zeros((len(order) + 1, page_size, kv_heads, head_dim), dtype=c.dtype, device=device) for c in caches]
+        for pool, cache in zip(pools, caches, strict=True):
+            pool[order.to(device)] = cache.view(-1, page_size, kv_heads, head_dim)
+        caches, options["page_table"] = pools, order.view(batch, -1).to(device, torch.int32)
     if heads_first:
         caches = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in caches]
-    if bias:
-        options["bias"] = randn((batch, 1, 1, capacity), device, dtype).masked_fill(torch.rand(batch, 1, 1, capacity).to(device) < 0.3, float("-inf"))
+    if bias is not None:
+        options["bias"] = randn(bias, device, dtype).masked_fill(torch.rand(bias).to(device) < 0.3, float("-inf"))
     if alibi:
         options["alibi_slopes"] = (2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)).to(device)
     return (q, *caches, integers(lengths, device)), options
 
 
 def cases() -> Iterator[Case]:
-    samples = {f"d{d}": {"head_dim": d} for d in (32, 59, 64, 80, 96, 128, 160, 192, 256)}
+    samples = {f"d{d}": {"head_dim": d} for d in (8, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256)}
+    int8, fp8 = {"cache_dtype": torch.int8}, {"cache_dtype": torch.float8_e4m3fn}
+    most = {"new": 16, "lengths": (16, 97, 200)}
     samples |= {
-        "mha": {"heads": 4, "kv_heads": 4}, "mqa": {"heads": 16, "kv_heads": 1, "head_dim": 128}, "zero": {"lengths": (0, 5)}, "wide_group": {"heads": 40, "kv_heads": 2},
-        "new_tokens": {"new": 5, "lengths": (5, 97, 200)}, "most_new": {"new": 16, "lengths": (16, 97, 200)}, "short": {"new": 4, "lengths": (2, 4, 9)},
-        "window": {"window": 40}, "softcap": {"softcap": 5.0}, "alibi": {"alibi": True}, "bias": {"bias": True}, "scale": {"scale": 1.0},
-        "heads_first": {"heads_first": True, "head_dim": 128}, "paged": {"page_size": 16}, "paged_new": {"page_size": 16, "new": 3, "lengths": (3, 97, 200)},
-        "int8": {"cache_dtype": torch.int8, "head_dim": 128}, "fp8": {"cache_dtype": torch.float8_e4m3fn, "head_dim": 128},
-        "paged_fp8": {"cache_dtype": torch.float8_e4m3fn, "page_size": 16}, "long": {"lengths": (3000, 4096), "capacity": 4096, "head_dim": 128},
+        "mha": {"heads": 4, "kv_heads": 4}, "mqa": {"heads": 16, "kv_heads": 1, "head_dim": 128},
+        "wide_group": {"heads": 40, "kv_heads": 2}, "three": {"heads": 9, "kv_heads": 3},
+        "zero": {"lengths": (0, 5)}, "full": {"lengths": (208, 208)},
+        "new_tokens": {"new": 5, "lengths": (5, 97, 200)}, "most_new": most, "most_new_d256": most | {"head_dim": 256},
+        "short": {"new": 4, "lengths": (2, 4, 9)}, "window": {"window": 40}, "window_self": {"window": 0},
+        "window_new": {"window": 40, "new": 5}, "softcap": {"softcap": 5.0}, "alibi": {"alibi": True},
+        "alibi_new": {"alibi": True, "new": 3},
+        "bias": {"bias": (3, 1, 1, 208)}, "bias_heads": {"bias": (8, 4, 208), "new": 4, "lengths": (4, 97, 200)}, "scale": {"scale": 1.0},
+        "heads_first": {"heads_first": True, "head_dim": 128}, "paged": {"page_size": 16}, "paged_small": {"page_size": 1},
+        "paged_new": {"page_size": 16, "new": 3, "lengths": (3, 97, 200)}, "paged_window": {"page_size": 16, "window": 30},
+        "paged_bias": {"page_size": 16, "bias": (3, 1, 1, 208)}, "int8": int8 | {"head_dim": 128}, "fp8": fp8 | {"head_dim": 128},
+        "int8_new": int8 | {"new": 3, "lengths": (3, 97, 200)}, "odd_int8": int8 | {"head_dim": 59},
+        "heads_first_fp8": fp8 | {"heads_first": True}, "paged_int8": int8 | {"page_size": 16}, "paged_fp8": fp8 | {"page_size": 16},
+        "everything": {"page_size": 16, "new": 3, "lengths": (3, 97, 200), "window": 50, "softcap": 5.0, "bias": (1, 8, 1, 208),
+                       "alibi": True, "scale": 0.2},
+        "long": {"lengths": (3000, 4096), "capacity": 4096, "head_dim": 128},
+        "long_window": {"lengths": (3000, 4096), "capacity": 4096, "head_dim": 128, "window": 1000},
         "empty_batch": {"lengths": ()}, "no_tokens": {"new": 0},
     }
     for name, options in samples.items():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ftops.op import Case, register, require, require_device, require_dtype, require_no_grad
+from ftops.op import Case, check_tensors, invalid, register
 from ftops.ops.bias_activation import ACTIVATIONS
 from ftops.samples import randn
 
@@ -40,11 +40,12 @@ def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
 
     float32, float16 or bfloat16 (arithmetic in float32), any strides; the result [..., I] is contiguous. Raises ValueError.
     """
-    require_no_grad("gated_activation", x)
-    require_dtype("gated_activation", x=x)
-    require_device("gated_activation", x=x)
-    require(kind in ACTIVATIONS, "gated_activation", "kind", repr(kind), ", ".join(ACTIVATIONS))
-    require(x.dim() >= 1 and x.shape[-1] % 2 == 0, "gated_activation", "x.shape", tuple(x.shape), "an even last dimension, gate then up")
+    check_tensors("gated_activation", x=x)
+    if kind not in ACTIVATIONS:
+        raise invalid("gated_activation", "kind", repr(kind), ", ".join(ACTIVATIONS))
+    shape = x.shape
+    if not shape or shape[-1] % 2:
+        raise invalid("gated_activation", "x.shape", tuple(shape), "an even last dimension, gate then up")
     return GATED_ACTIVATION(x, kind)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ftops.op import Case, register, require, require_device, require_dtype, require_no_grad
+from ftops.op import Case, check_tensors, invalid, register
 from ftops.samples import randn
 
 
@@ -64,36 +64,37 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
     (float32, float16, bfloat16; sums in float32), any strides; the results are contiguous. Raises ValueError for shapes,
     dtypes or devices that do not fit.
     """
-    require_no_grad("layer_norm", x, weight, bias, residual)
-    require(x.dim() >= 1, "layer_norm", "x.dim()", x.dim(), "1 or more")
-    tensors = {"x": x}
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            require(vector.shape == x.shape[-1:], "layer_norm", f"{name}.shape", tuple(vector.shape), f"({x.shape[-1]},), x's last dimension")
-            tensors[name] = vector
-    if residual is not None:
-        require(residual.shape == x.shape, "layer_norm", "residual.shape", tuple(residual.shape), f"{tuple(x.shape)}, x's shape")
-        tensors["residual"] = residual
-    require_dtype("layer_norm", **tensors)
-    require_device("layer_norm", **tensors)
+    check_tensors("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
+    shape = x.shape
+    if not shape:
+        raise invalid("layer_norm", "x.dim()", 0, "1 or more")
+    if weight is not None and weight.shape != shape[-1:]:
+        raise invalid("layer_norm", "weight.shape", tuple(weight.shape), f"({shape[-1]},), x's last dimension")
+    if bias is not None and bias.shape != shape[-1:]:
+        raise invalid("layer_norm", "bias.shape", tuple(bias.shape), f"({shape[-1]},), x's last dimension")
     if residual is None:
         return LAYER_NORM(x, weight, bias, eps)
+    if residual.shape != shape:
+        raise invalid("layer_norm", "residual.shape", tuple(residual.shape), f"{tuple(shape)}, x's shape")
     return ADD_LAYER_NORM(x, residual, weight, bias, eps)
 
 
 def cases() -> Iterator[Case]:
+    def vectors(size: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return randn((size,), device, dtype), randn((size,), device, dtype)
+
     for name, shape in {"row": (1, 4096), "odd": (3, 7, 111), "one": (5, 1), "bert": (2, 9, 768), "long": (2, 20000),
                         "empty": (0, 64), "vector": (768,)}.items():
+        yield Case(name, lambda device, dtype, shape=shape: ((randn(shape, device, dtype), *vectors(shape[-1], device, dtype), 1e-6), {}))
+    for name, shape in {"residual": (4, 33, 1024), "residual_odd": (7, 111), "residual_empty": (0, 64)}.items():
         yield Case(name, lambda device, dtype, shape=shape: (
-            (randn(shape, device, dtype), randn(shape[-1:], device, dtype), randn(shape[-1:], device, dtype), 1e-6), {}))
-    yield Case("residual", lambda device, dtype: (
-        (randn((4, 33, 1024), device, dtype), randn((1024,), device, dtype), randn((1024,), device, dtype), 1e-5),
-        {"residual": randn((4, 33, 1024), device, dtype)}))
+            (randn(shape, device, dtype), *vectors(shape[-1], device, dtype), 1e-5), {"residual": randn(shape, device, dtype)}))
     yield Case("plain", lambda device, dtype: ((randn((6, 256), device, dtype), None, None, 1e-6), {}))
     yield Case("no_bias", lambda device, dtype: ((randn((6, 256), device, dtype), randn((256,), device, dtype), None, 1e-6), {}))
-    yield Case("far_from_zero", lambda device, dtype: (
-        (randn((8, 1024), device, dtype) + 100, randn((1024,), device, dtype), randn((1024,), device, dtype), 1e-6), {}))
-    yield Case("sliced", lambda device, dtype: (
-        (randn((5, 300), device, dtype)[:, 7:263], randn((256,), device, dtype), randn((256,), device, dtype), 1e-6), {}))
+    yield Case("bias_only", lambda device, dtype: (
+        (randn((6, 256), device, dtype), None, randn((256,), device, dtype), 1e-6), {"residual": randn((6, 256), device, dtype)}))
+    yield Case("far_from_zero", lambda device, dtype: ((randn((8, 1024), device, dtype) + 100, *vectors(1024, device, dtype), 1e-6), {}))
+    yield Case("sliced", lambda device, dtype: ((randn((5, 300), device, dtype)[:, 7:263], *vectors(256, device, dtype), 1e-6), {}))
     yield Case("transposed", lambda device, dtype: (
-        (randn((64, 3, 5), device, dtype).permute(2, 1, 0), randn((128,), device, dtype)[::2], randn((64,), device, dtype), 1e-6), {}))
+        (randn((64, 3, 5), device, dtype).permute(2, 1, 0), randn((128,), device, dtype)[::2], randn((64,), device, dtype), 1e-6),
+        {"residual": randn((64, 5, 3), device, dtype).permute(1, 2, 0)}))

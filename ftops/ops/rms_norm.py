@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ftops.op import Case, register, require, require_device, require_dtype, require_no_grad
+from ftops.op import Case, check_tensors, invalid, register
 from ftops.samples import randn
 
 
@@ -55,25 +55,31 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: tor
     With residual[..., N], normalises x + residual and returns (y, x + residual). All of one dtype (float32, float16, bfloat16;
     sums in float32), any strides; the results are contiguous. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    require_no_grad("rms_norm", x, weight, residual)
-    require(x.dim() >= 1, "rms_norm", "x.dim()", x.dim(), "1 or more")
-    require(weight.dim() == 1 and weight.shape[0] == x.shape[-1], "rms_norm", "weight.shape", tuple(weight.shape), f"({x.shape[-1]},), x's last dimension")
+    check_tensors("rms_norm", x=x, weight=weight, residual=residual)
+    shape = x.shape
+    if not shape:
+        raise invalid("rms_norm", "x.dim()", 0, "1 or more")
+    if weight.shape != shape[-1:]:
+        raise invalid("rms_norm", "weight.shape", tuple(weight.shape), f"({shape[-1]},), x's last dimension")
     if residual is None:
-        require_dtype("rms_norm", x=x, weight=weight)
-        require_device("rms_norm", x=x, weight=weight)
         return RMS_NORM(x, weight, eps, offset)
-    require_dtype("rms_norm", x=x, weight=weight, residual=residual)
-    require_device("rms_norm", x=x, weight=weight, residual=residual)
-    require(residual.shape == x.shape, "rms_norm", "residual.shape", tuple(residual.shape), f"{tuple(x.shape)}, x's shape")
+    if residual.shape != shape:
+        raise invalid("rms_norm", "residual.shape", tuple(residual.shape), f"{tuple(shape)}, x's shape")
     return ADD_RMS_NORM(x, residual, weight, eps, offset)
 
 
 def cases() -> Iterator[Case]:
-    for name, shape in {"row": (1, 4096), "odd": (3, 7, 111), "one": (5, 1), "head": (2, 9, 4, 128), "long": (2, 20000),
-                        "empty": (0, 64), "vector": (768,)}.items():
+    for name, shape in {"row": (1, 4096), "llama": (3, 5, 4096), "odd": (3, 7, 111), "one": (5, 1), "head": (2, 9, 4, 128),
+                        "long": (2, 20000), "empty": (0, 64), "vector": (768,)}.items():
         yield Case(name, lambda device, dtype, shape=shape: ((randn(shape, device, dtype), randn(shape[-1:], device, dtype), 1e-6), {}))
-    yield Case("residual", lambda device, dtype: ((randn((4, 33, 1024), device, dtype), randn((1024,), device, dtype), 1e-5),
-                                                  {"residual": randn((4, 33, 1024), device, dtype)}))
+    for name, shape in {"residual": (4, 33, 1024), "residual_odd": (7, 111), "residual_empty": (0, 64)}.items():
+        yield Case(name, lambda device, dtype, shape=shape: (
+            (randn(shape, device, dtype), randn(shape[-1:], device, dtype), 1e-5), {"residual": randn(shape, device, dtype)}))
     yield Case("offset", lambda device, dtype: ((randn((6, 256), device, dtype), randn((256,), device, dtype), 1e-6), {"offset": 1.0}))
+    yield Case("tiny", lambda device, dtype: ((randn((6, 256), device, dtype, 1e-3), randn((256,), device, dtype), 1e-5), {}))
     yield Case("sliced", lambda device, dtype: ((randn((5, 300), device, dtype)[:, 7:263], randn((256,), device, dtype), 1e-6), {}))
-    yield Case("transposed", lambda device, dtype: ((randn((64, 3, 5), device, dtype).permute(2, 1, 0), randn((128,), device, dtype)[::2], 1e-6), {}))
+    yield Case("head_sliced", lambda device, dtype: (
+        (randn((2, 9, 6, 128), device, dtype)[:, :, 1:5], randn((128,), device, dtype), 1e-6), {}))
+    yield Case("transposed", lambda device, dtype: (
+        (randn((64, 3, 5), device, dtype).permute(2, 1, 0), randn((128,), device, dtype)[::2], 1e-6),
+        {"residual": randn((64, 5, 3), device, dtype).permute(1, 2, 0)}))

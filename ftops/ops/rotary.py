@@ -11,19 +11,21 @@ from collections.abc import Iterator
 
 import torch
 
-from ftops.op import Case, register, require, require_device, require_dtype, require_no_grad
+from ftops.op import Case, check_beside, check_tensors, invalid, register
 from ftops.samples import randn
 
+INDEX_DTYPES = (torch.int32, torch.int64)
 
-def _angles(positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None,
+
+def _angles(positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None, half: int,
             wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every token, [B or 1, S, 1, R/2]."""
+    """cos and sin of every token, [B or 1, S, 1, R/2]. Half-split tables may come R wide: what follows R/2 is not read."""
     if sin is None:
         angle = positions.to(wide).unsqueeze(-1) * cos.to(wide)
         cos, sin = angle.cos(), angle.sin()
     elif positions is not None:
         cos, sin = cos[positions], sin[positions]
-    return cos.to(wide).unsqueeze(-2), sin.to(wide).unsqueeze(-2)
+    return cos[..., :half].to(wide).unsqueeze(-2), sin[..., :half].to(wide).unsqueeze(-2)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, rotary_dim: int) -> torch.Tensor:
@@ -36,7 +38,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
 
 def reference(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None,
               interleaved: bool, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    cos, sin = _angles(positions, cos, sin, torch.promote_types(q.dtype, torch.float32))
+    cos, sin = _angles(positions, cos, sin, rotary_dim // 2, torch.promote_types(q.dtype, torch.float32))
     return _rotate(q, cos, sin, interleaved, rotary_dim), _rotate(k, cos, sin, interleaved, rotary_dim)
 
 
@@ -50,7 +52,8 @@ def _fake(q: torch.Tensor, k: torch.Tensor, *_: object) -> tuple[torch.Tensor, t
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
 
 
-ROTARY = register("rotary(Tensor q, Tensor k, Tensor? positions, Tensor cos, Tensor? sin, bool interleaved, int rotary_dim) -> (Tensor, Tensor)",
+ROTARY = register("rotary(Tensor q, Tensor k, Tensor? positions, Tensor cos, Tensor? sin, bool interleaved, int rotary_dim) "
+                  "-> (Tensor, Tensor)",
                   cpu=lambda *args: tuple(t.contiguous() for t in reference(*args)), cuda=_cuda, fake=_fake)
 
 
@@ -63,54 +66,68 @@ def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, fre
     [B or 1, S, R/2]. Hugging Face's cos and sin, R wide with every angle twice, are taken as well.
     float32, float16 or bfloat16 (arithmetic in float32), any strides; results are contiguous. Raises ValueError.
     """
-    require_no_grad("rotary", q, k)
-    require_dtype("rotary", q=q, k=k)
-    require(q.dim() == 4 and k.dim() == 4, "rotary", "q.dim(), k.dim()", (q.dim(), k.dim()), "4: batch, sequence, heads, head_dim")
-    require(k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3], "rotary", "k.shape", tuple(k.shape), f"[{q.shape[0]}, {q.shape[1]}, Hkv, {q.shape[3]}]")
-    size = q.shape[3] if rotary_dim is None else rotary_dim
-    require(size % 2 == 0 and 0 <= size <= q.shape[3], "rotary", "rotary_dim", size, f"even, 0 to head_dim ({q.shape[3]})")
-    cos, sin = freqs if isinstance(freqs, tuple) else (freqs, None)
-    require_device("rotary", q=q, k=k, positions=positions, cos=cos, sin=sin)
-    if positions is not None:
-        require(positions.shape == q.shape[:2] and positions.dtype in (torch.int32, torch.int64), "rotary", "positions",
-                f"{positions.dtype} {tuple(positions.shape)}", f"int32 or int64 {tuple(q.shape[:2])}")
+    check_tensors("rotary", q=q, k=k)
+    shape, keys = q.shape, k.shape
+    if len(shape) != 4 or len(keys) != 4:
+        raise invalid("rotary", "q.shape, k.shape", (tuple(shape), tuple(keys)), "[B,S,H,D] and [B,S,Hkv,D]")
+    batch, length, _, head_dim = shape
+    if keys[0] != batch or keys[1] != length or keys[3] != head_dim:
+        raise invalid("rotary", "k.shape", tuple(keys), f"[{batch}, {length}, Hkv, {head_dim}]")
+    size = head_dim if rotary_dim is None else rotary_dim
+    if size % 2 or not 0 <= size <= head_dim:
+        raise invalid("rotary", "rotary_dim", size, f"even, 0 to head_dim ({head_dim})")
+    cos, sin = freqs if isinstance(freqs, (tuple, list)) else (freqs, None)
+    check_beside("rotary", q.device, positions=positions, cos=cos, sin=sin)
+    if positions is not None and (positions.shape != (batch, length) or positions.dtype not in INDEX_DTYPES):
+        raise invalid("rotary", "positions", f"{positions.dtype} {tuple(positions.shape)}", f"int32 or int64 ({batch}, {length})")
     if sin is None:
-        require(positions is not None, "rotary", "positions", None, "positions[B,S] when freqs is inv_freq")
-        require(cos.shape == (size // 2,) and cos.dtype is torch.float32, "rotary", "freqs", f"{cos.dtype} {tuple(cos.shape)}", f"float32 ({size // 2},)")
+        if positions is None:
+            raise invalid("rotary", "positions", None, "positions[B,S] when freqs is inv_freq")
+        if cos.shape != (size // 2,) or cos.dtype is not torch.float32:
+            raise invalid("rotary", "freqs", f"{cos.dtype} {tuple(cos.shape)}", f"float32 ({size // 2},)")
+        return ROTARY(q, k, positions, cos, None, interleaved, size)
+    table = cos.shape
+    if sin.shape != table or sin.dtype is not cos.dtype or (cos.dtype is not torch.float32 and cos.dtype is not q.dtype):
+        raise invalid("rotary", "freqs", f"{cos.dtype} {tuple(table)}, {sin.dtype} {tuple(sin.shape)}", f"two alike, float32 or {q.dtype}")
+    if positions is not None:
+        fits = len(table) == 2
     else:
-        require(cos.shape == sin.shape and cos.dtype is sin.dtype and cos.dtype in (torch.float32, q.dtype), "rotary", "freqs",
-                f"{cos.dtype} {tuple(cos.shape)}, {sin.dtype} {tuple(sin.shape)}", f"two alike, float32 or {q.dtype}")
-        if cos.shape[-1] == size and size:
-            cos, sin = (cos[..., ::2], sin[..., ::2]) if interleaved else (cos[..., : size // 2], sin[..., : size // 2])
-        lead = "[P, R/2]" if positions is not None else f"[{q.shape[0]} or 1, {q.shape[1]}, R/2]"
-        fits = cos.dim() == 2 if positions is not None else cos.dim() == 3 and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[1]
-        require(fits and cos.shape[-1] == size // 2, "rotary", "cos.shape", tuple(cos.shape), f"{lead} with R = {size}")
+        fits = len(table) == 3 and (table[0] == batch or table[0] == 1) and table[1] == length
+    if not fits or (table[-1] != size // 2 and table[-1] != size):
+        lead = "P" if positions is not None else f"{batch} or 1, {length}"
+        raise invalid("rotary", "cos.shape", tuple(table), f"[{lead}, {size // 2} or {size}]")
+    if interleaved and table[-1] == size:
+        cos, sin = cos[..., ::2], sin[..., ::2]
     return ROTARY(q, k, positions, cos, sin, interleaved, size)
 
 
 def _sample(device: torch.device, dtype: torch.dtype, *, shape: tuple[int, ...] = (2, 9, 4, 64), kv_heads: int = 2, form: str = "token",
-            repeated: bool = False, interleaved: bool = False, rotary_dim: int | None = None) -> tuple[tuple, dict]:
+            repeated: bool = False, shared: bool = False, index: torch.dtype = torch.int64, interleaved: bool = False,
+            rotary_dim: int | None = None) -> tuple[tuple, dict]:
     batch, length, _, head_dim = shape
-    half = (rotary_dim or head_dim) // 2
+    half = (head_dim if rotary_dim is None else rotary_dim) // 2
     q, k = randn(shape, device, dtype), randn((batch, length, kv_heads, head_dim), device, dtype)
-    inv_freq = 10000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
-    positions = torch.randint(0, 500, (batch, length))
+    inv_freq = 10000.0 ** (-torch.arange(half, dtype=torch.float32) / max(half, 1))
+    positions = torch.randint(0, 500, (1 if shared else batch, length))
     options = {"interleaved": interleaved, "rotary_dim": rotary_dim}
     if form == "inv_freq":
-        return (q, k, positions.to(device), inv_freq.to(device)), options
+        return (q, k, positions.to(device, index), inv_freq.to(device)), options
     angle = torch.arange(500).unsqueeze(-1) * inv_freq if form == "table" else positions.unsqueeze(-1) * inv_freq
     if repeated:
         angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat((angle, angle), -1)
     freqs = tuple(t.to(device=device, dtype=torch.float32 if form == "table" else dtype) for t in (angle.cos(), angle.sin()))
-    return (q, k, positions.to(device) if form == "table" else None, freqs), options
+    return (q, k, positions.to(device, index) if form == "table" else None, freqs), options
 
 
 def cases() -> Iterator[Case]:
     samples = {
-        "token": {}, "repeated": {"repeated": True}, "inv_freq": {"form": "inv_freq"}, "table": {"form": "table"},
+        "token": {}, "repeated": {"repeated": True}, "shared": {"shared": True, "repeated": True}, "inv_freq": {"form": "inv_freq"},
+        "inv_freq_int32": {"form": "inv_freq", "index": torch.int32, "interleaved": True}, "table": {"form": "table"},
+        "table_int32": {"form": "table", "index": torch.int32, "repeated": True},
         "interleaved": {"interleaved": True, "form": "table"}, "interleaved_repeated": {"interleaved": True, "repeated": True},
         "gptj": {"shape": (2, 7, 16, 256), "kv_heads": 16, "interleaved": True, "rotary_dim": 64, "form": "table"},
-        "partial": {"shape": (1, 5, 8, 96), "rotary_dim": 24, "repeated": True}, "decode": {"shape": (3, 1, 32, 128), "kv_heads": 8},
+        "partial": {"shape": (1, 5, 8, 96), "rotary_dim": 24, "repeated": True}, "partial_inv_freq": {"rotary_dim": 16, "form": "inv_freq"},
+        "none": {"rotary_dim": 0}, "decode": {"shape": (3, 1, 32, 128), "kv_heads": 8, "repeated": True},
         "odd": {"shape": (2, 3, 5, 70), "kv_heads": 1}, "empty": {"shape": (0, 4, 2, 32)}, "no_tokens": {"shape": (2, 0, 2, 32)},
     }
     for name, options in samples.items():
@@ -122,4 +139,11 @@ def cases() -> Iterator[Case]:
         qkv = randn((2, 9, 8, 64), device, dtype)
         return (qkv[:, :, :4], qkv[:, :, 4:6], positions, freqs), options
 
+    def heads_first(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+        """q and k as Hugging Face rotates them, [B,H,S,D] in memory."""
+        (_, _, positions, freqs), options = _sample(device, dtype, repeated=True)
+        q, k = (randn((2, heads, 9, 64), device, dtype).transpose(1, 2) for heads in (4, 2))
+        return (q, k, positions, freqs), options
+
     yield Case("fused", fused)
+    yield Case("heads_first", heads_first)
