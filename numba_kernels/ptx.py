@@ -13,11 +13,18 @@ if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names what NumPy 2.5 removed
     np.row_stack = np.vstack
 
 from llvmlite import ir
+from numba.core.targetconfig import ConfigStack
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 _OPERAND = {"r": (ir.IntType(32), types.uint32), "l": (ir.IntType(64), types.uint64), "f": (ir.FloatType(), types.float32)}
+
+
+def _target_capability() -> int:
+    """90 while code for sm_90 is generated. The target, not the device: compiling needs no GPU."""
+    major, minor = ConfigStack().top().compute_capability[:2]
+    return 10 * major + minor
 
 
 def _as_intrinsic(name: str, params: list[str], codegen: Callable, result: types.Type) -> Callable:
@@ -29,15 +36,19 @@ def _as_intrinsic(name: str, params: list[str], codegen: Callable, result: types
     return intrinsic(scope[name])
 
 
-def ptx(name: str, asm: str, outs: str = "", ins: str = "", pure: bool = False) -> Callable:
-    """Intrinsic `name(*ins)` for one PTX text; returns nothing, a scalar, or a tuple. `pure` lets LLVM move, merge or drop it."""
+def ptx(name: str, asm: str | dict[int, str], outs: str = "", ins: str = "", pure: bool = False) -> Callable:
+    """Intrinsic `name(*ins)` for one PTX text; returns nothing, a scalar, or a tuple. `pure` lets LLVM move, merge or drop it.
+
+    asm may give a text by the first compute capability that has it: {80: ..., 89: ...}.
+    """
     result_ir = ir.VoidType() if not outs else _OPERAND[outs][0] if len(outs) == 1 else ir.LiteralStructType([_OPERAND[c][0] for c in outs])
     result = types.void if not outs else _OPERAND[outs][1] if len(outs) == 1 else types.UniTuple(_OPERAND[outs[0]][1], len(outs))
     constraints = ",".join(["=" + c for c in outs] + list(ins) + ([] if pure else ["~{memory}"]))
 
     def codegen(context, builder, sig, args):
         values = [context.cast(builder, a, t, _OPERAND[c][1]) for a, t, c in zip(args, sig.args, ins, strict=True)]
-        function = ir.InlineAsm(ir.FunctionType(result_ir, [_OPERAND[c][0] for c in ins]), asm, constraints, side_effect=not pure)
+        text = asm if isinstance(asm, str) else asm[max(since for since in asm if since <= _target_capability())]
+        function = ir.InlineAsm(ir.FunctionType(result_ir, [_OPERAND[c][0] for c in ins]), text, constraints, side_effect=not pure)
         call = builder.call(function, values)
         if not outs:
             return context.get_dummy_value()
@@ -99,13 +110,18 @@ st_global_32 = ptx("st_global_32", "st.global.b32 [$0], $1;", "", "lr")
 st_global_f32 = ptx("st_global_f32", "st.global.f32 [$0], $1;", "", "lf")
 st_global_64 = ptx("st_global_64", "st.global.v2.b32 [$0], {$1, $2};", "", "lrr")
 st_global_128 = ptx("st_global_128", "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "", "lrrrr")
+# What a kernel before this one in the stream has written, which need not have ended.
+ld_written_128 = ptx("ld_written_128", "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "l")
+ld_written_f32 = ptx("ld_written_f32", "ld.global.f32 $0, [$1];", "f", "l")
 
 # Shared memory.
 ld_shared_32 = ptx("ld_shared_32", "ld.shared.b32 $0, [$1];", "r", "r")
 ld_shared_f32 = ptx("ld_shared_f32", "ld.shared.f32 $0, [$1];", "f", "r")
+ld_shared_64 = ptx("ld_shared_64", "ld.shared.v2.b32 {$0, $1}, [$2];", "rr", "r")
 ld_shared_128 = ptx("ld_shared_128", "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "r")
 st_shared_32 = ptx("st_shared_32", "st.shared.b32 [$0], $1;", "", "rr")
 st_shared_f32 = ptx("st_shared_f32", "st.shared.f32 [$0], $1;", "", "rf")
+st_shared_64 = ptx("st_shared_64", "st.shared.v2.b32 [$0], {$1, $2};", "", "rrr")
 st_shared_128 = ptx("st_shared_128", "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "", "rrrrr")
 
 # Asynchronous copies, sm_80 and up. $2 is how many of the 16 bytes to read; the rest is written as zeros.
@@ -114,10 +130,12 @@ cp_async_commit = ptx("cp_async_commit", "cp.async.commit_group;")
 cp_async_wait_0 = ptx("cp_async_wait_0", "cp.async.wait_group 0;")
 cp_async_wait_1 = ptx("cp_async_wait_1", "cp.async.wait_group 1;")
 cp_async_wait_2 = ptx("cp_async_wait_2", "cp.async.wait_group 2;")
+CP_ASYNC_WAIT = {n: ptx(f"cp_async_wait_{n}", f"cp.async.wait_group {n};") for n in range(16)}  # until n groups at most are on their way
 
 # Tensor cores, sm_80 and up: acc[16 x 8] += A[16 x 16] B[16 x 8], fragments as in the PTX ISA, section "mma.m16n8k16".
 ldmatrix_x4 = ptx("ldmatrix_x4", "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", "rrrr", "r")
 ldmatrix_x4_trans = ptx("ldmatrix_x4_trans", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];", "rrrr", "r")
+movmatrix_trans = ptx("movmatrix_trans", "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "r", "r")  # 8x8, held as ldmatrix holds it
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.%s.%s.f32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};"
 mma_bf16 = ptx_accumulate("mma_bf16", _MMA % ("bf16", "bf16"), 4, "rrrrrr")
 mma_f16 = ptx_accumulate("mma_f16", _MMA % ("f16", "f16"), 4, "rrrrrr")
@@ -132,6 +150,13 @@ bf16_pair = ptx("bf16_pair", "cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff", pure=Tr
 f16_low = ptx("f16_low", "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", "f", "r", pure=True)
 f16_high = ptx("f16_high", "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", "f", "r", pure=True)
 f16_pair = ptx("f16_pair", "cvt.rn.f16x2.f32 $0, $2, $1;", "r", "ff", pure=True)
+# Two 8-bit values to two float16. The low 16 bits of $1 are read; before sm_89 the exponent is moved and rebased (a NaN reads as 480).
+e4m3_to_f16_pair = ptx("e4m3_to_f16_pair", {
+    80: "{ .reg .b32 a, s; prmt.b32 a, $1, 0, 0x1404; and.b32 s, a, 0x80008000; and.b32 a, a, 0x7f007f00; shr.u32 a, a, 1; or.b32 a, a, s; "
+        "mul.rn.f16x2 $0, a, 0x5c005c00; }",
+    89: "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"}, "r", "r", pure=True)
+permute = ptx("permute", "prmt.b32 $0, $1, $2, $3;", "r", "rrr", pure=True)  # byte i of the result is byte $3[4 i + 3 : 4 i] of ($2, $1)
+sub_f16_pair = ptx("sub_f16_pair", "sub.rn.f16x2 $0, $1, $2;", "r", "rr", pure=True)
 LOW = {"bfloat16": bf16_low, "float16": f16_low}
 HIGH = {"bfloat16": bf16_high, "float16": f16_high}
 PAIR = {"bfloat16": bf16_pair, "float16": f16_pair}
@@ -143,9 +168,14 @@ minimum = ptx("minimum", "min.f32 $0, $1, $2;", "f", "ff", pure=True)
 exp2 = ptx("exp2", "ex2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
 log2 = ptx("log2", "lg2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
 reciprocal = ptx("reciprocal", "rcp.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
+divide_rn = ptx("divide_rn", "div.rn.f32 $0, $1, $2;", "f", "ff", pure=True)
+round_i32 = ptx("round_i32", "cvt.rni.s32.f32 $0, $1;", "r", "f", pure=True)
 divide = ptx("divide", "div.full.f32 $0, $1, $2;", "f", "ff", pure=True)
 rsqrt = ptx("rsqrt", "rsqrt.approx.f32 $0, $1;", "f", "f", pure=True)
 tanh_approx = ptx("tanh_approx", "tanh.approx.f32 $0, $1;", "f", "f", pure=True)
 
-# Warp shuffles.
+# Warp shuffles and votes.
+warp_sync = ptx("warp_sync", "bar.warp.sync 0xffffffff;")
+shuffle_index = ptx("shuffle_index", "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "r", "rr")
+ballot = ptx("ballot", "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }", "r", "r")
 shuffle_xor = {n: ptx(f"shuffle_xor_{n}", f"shfl.sync.bfly.b32 $0, $1, {n}, 0x1f, 0xffffffff;", "f", "f") for n in (1, 2, 4, 8, 16)}
