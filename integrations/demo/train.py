@@ -7,12 +7,10 @@ library of the Python that runs this file. The objective is next-token cross ent
 offsets of one long token stream, files being separated by <|endoftext|>. Every file the folder gets is what
 AutoModelForCausalLM and AutoTokenizer read; training_log.json and training_log.md say how the weights came to be.
 """
-
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import platform
@@ -25,28 +23,35 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ftops.integrations.demo.corpus import (
+    CONTEXT,
+    END,
+    PAD,
+    SKIPPED_FOLDERS,
+    read_corpus,
+    token_stream,
+    train_tokenizer,
+    validation_windows,
+)
+
 SIZE_LIMIT = 8 * 1024 * 1024  # bytes of safetensors a clone of the repository is willing to carry
-CONTEXT = 1024
-CURVE_WINDOWS = 64  # held-out windows behind a row of the curve; the saved files are judged on all of them
-END, PAD = "<|endoftext|>", "<|pad|>"
+CURVE_WINDOWS = 64  # held-out windows behind a row of the curve, evenly spread; the saved files are judged on all of them
+# No prompt ends in white space: a line's end and the next line's indentation are one token.
 PROMPTS = (
-    "def read_lines(path):\n    with open(path) as f:\n",
-    "class TestQueue(unittest.TestCase):\n\n    def setUp(self):\n",
-    "import os\nimport sys\n\ndef main():\n",
+    "def read_lines(path):\n    with open(path) as f:",
+    "class TestQueue(unittest.TestCase):\n\n    def setUp(self):",
+    "import os\nimport sys\n\ndef main():",
 )
 
 # 4.0 M parameters, a quarter of them the (tied) embedding. Head dim 64, the least that attention kernels are tuned for, and two
 # query heads to a key head, so that the smallest real model still exercises GQA. At one size five layers of MLP 512 were
-# preferred to four of 704: below 10 M parameters depth is worth more than width (MobileLLM, arXiv:2402.14905, figure 4).
+# preferred to four of 704: in small models depth is worth more than width (MobileLLM, arXiv:2402.14905, section 3.2).
 SHAPE = dict(vocab_size=4096, hidden_size=256, num_hidden_layers=5, intermediate_size=512,
-             num_attention_heads=4, num_key_value_heads=2, head_dim=64)  # fmt: skip
-
-# encodings/ is character tables and pydoc_data/ is manual text: neither is the code that the model should learn to write.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+             num_attention_heads=4, num_key_value_heads=2, head_dim=64)
 
 
 @dataclass(frozen=True)
@@ -63,56 +68,6 @@ class Hyperparameters:
     dropout: float = 0.1  # on what attention and MLP add to the residual; repeated data without it is learnt by heart
     max_epochs: float = 60.0  # past about 40 repetitions data adds next to nothing (Muennighoff et al., arXiv:2305.16264)
     seed: int = 0
-
-
-def read_corpus(stdlib: Path) -> tuple[list[str], list[str]]:
-    """Return (training texts, validation texts) of a standard library: every distinct .py file, in path order, 2% held out."""
-    train, held_out, seen = [], [], set()
-    for path in sorted(stdlib.rglob("*.py"), key=lambda p: p.relative_to(stdlib).as_posix()):
-        name = path.relative_to(stdlib)
-        if SKIPPED_FOLDERS.intersection(name.parts):
-            continue
-        try:
-            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n").strip()
-        except UnicodeDecodeError:  # the tests hold files that are broken on purpose
-            continue
-        digest = hashlib.sha256(text.encode()).digest()
-        if not text or digest in seen:
-            continue
-        seen.add(digest)
-        # by the path's hash and not by position: a file keeps its side from one Python to the next
-        is_held_out = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:4], "big") % 50 == 0
-        (held_out if is_held_out else train).append(text + "\n")
-    if not held_out:
-        raise ValueError(f"read_corpus: {stdlib} holds {len(train)} usable .py files and none to validate on; pass a Python's lib folder")
-    return train, held_out
-
-
-def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Return a byte-level BPE tokenizer of SHAPE["vocab_size"] entries; digits stay single, or merges go to the tests' constants."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=SHAPE["vocab_size"],
-            special_tokens=[END, PAD],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-        length=len(texts),
-    )
-    return tokenizer
-
-
-def token_stream(tokenizer: Tokenizer, texts: list[str], device: torch.device) -> torch.Tensor:
-    """Return one int64 tensor: each text's tokens after an <|endoftext|>."""
-    end = tokenizer.token_to_id(END)
-    ids = [token for encoding in tokenizer.encode_batch_fast(texts) for token in (end, *encoding.ids)]
-    return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def build_model(config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
@@ -172,12 +127,10 @@ def learning_rate(progress: float, hyper: Hyperparameters) -> float:
 
 
 @torch.no_grad()
-def validation_loss(model: LlamaForCausalLM, stream: torch.Tensor, batch: int) -> float:
-    """Return the mean loss in nats a token over the stream's consecutive windows."""
+def validation_loss(model: LlamaForCausalLM, windows: torch.Tensor, batch: int) -> float:
+    """Return the mean loss in nats a token over windows[n, CONTEXT + 1]."""
     model.eval()
     loss_of = loss_function(model)
-    width = CONTEXT + 1
-    windows = stream[: len(stream) // width * width].view(-1, width) if len(stream) >= width else stream[None]
     total = sum(loss_of(part).item() * len(part) for part in windows.split(batch))
     model.train()
     return total / len(windows)
@@ -192,13 +145,14 @@ def train(
     share of the budgets in force is the progress that the learning rate follows.
     """
     batch = max(1, hyper.batch_tokens // CONTEXT)
+    some_windows = held_out[:: max(1, len(held_out) // CURVE_WINDOWS)]
     device, offsets = stream.device, torch.arange(CONTEXT + 1, device=stream.device)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": hyper.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=hyper.peak_lr, betas=hyper.betas, fused=device.type == "cuda",
-    )  # fmt: skip
+    )
 
     def sample() -> torch.Tensor:
         starts = torch.randint(len(stream) - CONTEXT, (batch, 1), device=device)
@@ -236,7 +190,7 @@ def train(
                     "seconds": round(now - began, 1),
                     "lr": learning_rate(progress, hyper),
                     "train_loss": running.item() / running_steps,
-                    "validation_loss": validation_loss(model, held_out[: CURVE_WINDOWS * (CONTEXT + 1)], batch),
+                    "validation_loss": validation_loss(model, some_windows, batch),
                 }
                 curve.append(row)
                 running.zero_()
@@ -249,7 +203,7 @@ def train(
     model.load_state_dict(best[1])
     tokens = step * batch * CONTEXT
     summary = {"steps": step, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds),
-               "execution": how, "best_step": min(curve, key=lambda r: r["validation_loss"])["step"]}  # fmt: skip
+               "execution": how, "best_step": min(curve, key=lambda r: r["validation_loss"])["step"]}
     return curve, summary
 
 
@@ -260,7 +214,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> int:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD,
         model_max_length=CONTEXT, padding_side="left", clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors are written 0600, which a wheel would carry into other people's site-packages
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -287,7 +241,7 @@ def render_log(log: dict) -> str:
     """Return the log as Markdown."""
     corpus, result, run = log["corpus"], log["result"], log["run"]
     rows = [f"| {r['step']} | {r['epoch']:.2f} | {r['seconds']} | {r['lr']:.2e} | {r['train_loss']:.4f} | {r['validation_loss']:.4f} |"
-            for r in log["curve"]]  # fmt: skip
+            for r in log["curve"]]
     samples = [f"```python\n{sample}\n```" for sample in result["samples"]]
     return "\n".join([
         "# How the embedded model was trained", "",
@@ -307,7 +261,7 @@ def render_log(log: dict) -> str:
         f" {result['bits_per_byte']:.3f} bits a byte**.", "",
         "| step | epoch | seconds | learning rate | training loss | validation loss |", "|---|---|---|---|---|---|", *rows, "",
         "What the saved files write, greedily, after the first lines of each:", "", *samples, "",
-    ])  # fmt: skip
+    ])
 
 
 def main() -> None:
@@ -321,6 +275,8 @@ def main() -> None:
         default = getattr(Hyperparameters, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}")
     options = parser.parse_args()
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items()
+             if name not in ("out", "stdlib", "device") and value != parser.get_default(name)]
     fields = Hyperparameters.__dataclass_fields__
     hyper = Hyperparameters(**{name: value for name, value in vars(options).items() if name in fields})
 
@@ -330,15 +286,16 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
 
     train_texts, held_out_texts = read_corpus(options.stdlib)
-    tokenizer = train_tokenizer(train_texts)
-    stream, held_out = (token_stream(tokenizer, texts, device) for texts in (train_texts, held_out_texts))
+    tokenizer = train_tokenizer(train_texts, SHAPE["vocab_size"])
+    stream = token_stream(tokenizer, train_texts, device)
+    held_out = validation_windows(token_stream(tokenizer, held_out_texts, device))
     held_out_bytes = sum(len(text.encode()) for text in held_out_texts)
     corpus = {
         "folder": options.stdlib.name,
         "files": len(train_texts) + len(held_out_texts),
         "bytes": sum(len(text.encode()) for text in train_texts) + held_out_bytes,
         "train_tokens": len(stream),
-        "validation_tokens": len(held_out),
+        "validation_tokens": held_out.numel(),
         "validation_files": len(held_out_texts),
         "skipped_folders": sorted(SKIPPED_FOLDERS),
     }
@@ -348,15 +305,14 @@ def main() -> None:
     config = LlamaConfig(
         **SHAPE, max_position_embeddings=CONTEXT, tie_word_embeddings=True, rms_norm_eps=1e-5,
         bos_token_id=end, eos_token_id=end, pad_token_id=pad,
-    )  # fmt: skip
+    )
     model = build_model(config, device)
     curve, run = train(model, stream, held_out, hyper, began + 60 * options.minutes - reserve, options.steps)
     size = save(model, tokenizer, options.out)
     loss, samples = check_saved(options.out, held_out, max(1, hyper.batch_tokens // CONTEXT))
 
     log = {
-        "command": "python -m ftops.integrations.demo.train "
-        + " ".join(f"--{k} {getattr(options, k)}" for k in (["steps"] if options.steps else ["minutes"])),
+        "command": " ".join(["python -m ftops.integrations.demo.train", *given]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)",
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -366,11 +322,11 @@ def main() -> None:
         "hyperparameters": asdict(hyper),
         "run": run,
         "result": {"validation_loss": loss, "perplexity": math.exp(loss),
-                   "bits_per_byte": loss / math.log(2) * len(held_out) / held_out_bytes,
+                   "bits_per_byte": loss / math.log(2) * held_out.numel() / held_out_bytes,
                    "parameters": sum(p.numel() for p in model.parameters()), "bytes": size, "samples": samples},
         "curve": curve,
         "total_seconds": round(time.perf_counter() - began, 1),
-    }  # fmt: skip
+    }
     (options.out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
     (options.out / "training_log.md").write_text(render_log(log))
     print(f"{options.out}: {size:,} bytes, validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {log['total_seconds']} s")
