@@ -1,0 +1,1 @@
+"""Hugging Face transformers: what a family is (`archs/`), and how its layers are swapped (`patch.py`)."""

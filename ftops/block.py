@@ -1,0 +1,121 @@
+"""The transformer block: one class, driven by data, for every decoder and encoder layer that ftops knows.
+
+    pre        h = x + out(attend(qkv(norm1(x))))              y = h + mlp(norm2(h))
+    post       h = norm1(x + out(attend(qkv(x))))              y = norm2(h + mlp(h))
+    parallel   n = norm1(x)                                    y = out(attend(qkv(n))) + mlp(norm2(x), or n without norm2) + x
+
+    mlp(n) = down(act(gate(n)) * up(n)) if gated, else down(act(up(n)))
+
+Each residual sum is one pass with the norm that follows it; q, k, v are one linear, and so are gate and up.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from ftops import ops
+
+# attend(q[B,S,H,D], k[B,S,Hkv,D], v) -> [B,S,H,D]: the caller's, because it knows where earlier keys are kept and what is hidden.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Freqs = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What a block computes, sizes of its weights apart. `scale` and `window` (tokens to the left) are for whoever attends."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    order: Literal["pre", "post", "parallel"]
+    norm: Literal["rms", "layer"]
+    eps: float
+    activation: str
+    gated: bool
+    scale: float
+    norm_offset: float = 0.0
+    causal: bool = True
+    window: int | None = None
+    rotary: Literal["half", "interleaved"] | None = None
+    rotary_dim: int | None = None
+    qkv_per_head: bool = False
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """weight [out, in], in any memory order."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """qkv holds q, k, v one after the other (or, with spec.qkv_per_head, head by head); up holds gate, then up, if gated."""
+
+    norm1: Norm
+    norm2: Norm | None
+    qkv: Linear
+    out: Linear
+    up: Linear
+    down: Linear
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer. Parameters are not registered here: they belong to whoever made the weights."""
+
+    spec: BlockSpec
+    weights: BlockWeights
+
+    def __call__(self, x: torch.Tensor, attend: Attend, positions: torch.Tensor | None = None, freqs: Freqs | None = None) -> torch.Tensor:
+        """The layer's output [B,S,N] for x[B,S,N]; positions[B,S] and freqs as in `ops.rotary`. float32, float16 or bfloat16."""
+        w = self.weights
+        if self.spec.order == "post":
+            h, _ = self._norm(w.norm1, self._attention(x, attend, positions, freqs), residual=x)
+            return self._norm(w.norm2, self._mlp(h), residual=h)[0]
+        n = self._norm(w.norm1, x)
+        attended = self._attention(n, attend, positions, freqs)
+        if self.spec.order == "parallel":
+            return attended + self._mlp(n if w.norm2 is None else self._norm(w.norm2, x)) + x
+        n, h = self._norm(w.norm2, attended, residual=x)
+        return h + self._mlp(n)
+
+    def _norm(self, norm: Norm, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if self.spec.norm == "rms":
+            return ops.rms_norm(x, norm.weight, self.spec.eps, residual=residual, offset=self.spec.norm_offset)
+        return ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps, residual=residual)
+
+    def _attention(self, x: torch.Tensor, attend: Attend, positions: torch.Tensor | None, freqs: Freqs | None) -> torch.Tensor:
+        spec, w = self.spec, self.weights
+        qkv = w.qkv(x)
+        if spec.qkv_per_head:
+            q, k, v = qkv.unflatten(-1, (spec.heads, 3, spec.head_dim)).unbind(-2)
+        else:
+            q, k, v = qkv.unflatten(-1, (-1, spec.head_dim)).split((spec.heads, spec.kv_heads, spec.kv_heads), -2)
+        if w.q_norm is not None:
+            q, k = self._norm(w.q_norm, q), self._norm(w.k_norm, k)
+        if spec.rotary is not None:
+            q, k = ops.rotary(q, k, positions, freqs, interleaved=spec.rotary == "interleaved", rotary_dim=spec.rotary_dim)
+        return w.out(attend(q, k, v).flatten(-2))
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        spec, w = self.spec, self.weights
+        if spec.gated:
+            return w.down(ops.gated_activation(w.up(x), spec.activation))
+        return w.down(ops.bias_activation(F.linear(x, w.up.weight), w.up.bias, spec.activation))

@@ -1,0 +1,113 @@
+"""What a model family is, as data: where a layer keeps its parts, and how they are put together.
+
+A family file holds one `Arch` and imports nothing but this file. Paths are attribute paths from the layer, "self_attn.q_proj".
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any, Literal
+
+import torch
+
+from ftops.block import BlockSpec, Freqs
+
+__all__ = ["Arch", "Unfit", "follow", "replace"]
+
+# transformers' names of the activations that the ops have.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+               "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "relu": "relu", "quick_gelu": "quick_gelu"}
+
+
+class Unfit(Exception):
+    """A layer that its family's description does not cover; the message says why, and the layer is kept."""
+
+
+def follow(root: Any, path: str) -> Any:
+    """The attribute of `root` at `path`."""
+    return reduce(getattr, path.split("."), root)
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A family. `layer` is the class name of its layer in `transformers.models.<name>.modeling_<name>`."""
+
+    name: str
+    layer: str
+    attention: str
+    norms: tuple[str, ...]
+    qkv: tuple[str, ...]
+    out: str
+    up: tuple[str, ...]
+    down: str
+    qk_norms: tuple[str, str] | None = None
+    order: Literal["pre", "post", "parallel"] = "pre"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    activation: str = "hidden_act"
+    dropouts: tuple[str, ...] = ()
+    window: str | None = None
+    rotary: Literal["half", "interleaved"] | None = None
+    rotary_dim: str | None = None
+    # A table of sines, then cosines, that position_ids index; without one the layer is given (cos, sin) as position_embeddings.
+    rotary_table: str | None = None
+    qkv_per_head: bool = False
+    cache: str = "past_key_values"
+    returns_tuple: bool = False
+    # Its attention goes through transformers' attention registry; otherwise it adds the mask it is given to the scores.
+    uses_registry: bool = True
+    # Options of the configuration that change what the layer computes in a way the block has no word for.
+    refuse: tuple[str, ...] = ()
+
+    def matches(self, layer: torch.nn.Module) -> bool:
+        """Exactly this class, not one that derives from it: a subclass may compute something else."""
+        kind = type(layer)
+        return kind.__name__ == self.layer and kind.__module__ == f"transformers.models.{self.name}.modeling_{self.name}"
+
+    def spec(self, layer: torch.nn.Module) -> BlockSpec:
+        """The block that computes what `layer` does. Raises Unfit."""
+        attention = follow(layer, self.attention)
+        config = attention.config
+        for option in self.refuse:
+            if getattr(config, option, False):
+                raise Unfit(f"{option}={getattr(config, option)} is not served")
+        kind = getattr(config, self.activation)
+        if kind not in ACTIVATIONS:
+            raise Unfit(f"activation {kind!r} is not served")
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if head_dim > 256:
+            raise Unfit(f"head_dim {head_dim} is not served; up to 256 is")
+        window = follow(layer, self.window) if self.window else None
+        rotary_dim = follow(layer, self.rotary_dim) if self.rotary_dim else head_dim
+        if rotary_dim is None:
+            raise Unfit("rotary_dim=None is not served")
+        eps = {_eps(follow(layer, path)) for path in (*self.norms, *(self.qk_norms or ()))}
+        if len(eps) > 1:
+            raise Unfit(f"its norms have different eps: {sorted(eps)}")
+        return BlockSpec(
+            heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim,
+            order=self.order, norm=self.norm, eps=eps.pop(), norm_offset=self.norm_offset,
+            activation=ACTIVATIONS[kind], gated=len(self.up) == 2,
+            scale=getattr(attention, "scaling", head_dim ** -0.5), causal=attention.is_causal and getattr(config, "is_causal", True),
+            # transformers counts the token itself
+            window=None if window is None else window - 1,
+            rotary=self.rotary, rotary_dim=rotary_dim, qkv_per_head=self.qkv_per_head)
+
+    def dropout(self, layer: torch.nn.Module) -> float:
+        """The largest dropout probability that training mode would apply."""
+        config = follow(layer, self.attention).config
+        return max((getattr(config, name) for name in self.dropouts), default=0.0)
+
+    def rotation(self, layer: torch.nn.Module, given: dict[str, Any]) -> tuple[torch.Tensor | None, Freqs | None]:
+        """positions and freqs for `ops.rotary`, from the arguments of the layer's forward."""
+        if self.rotary is None:
+            return None, None
+        if self.rotary_table is None:
+            return None, given["position_embeddings"]
+        sin, cos = follow(layer, self.rotary_table).chunk(2, -1)
+        return given["position_ids"].expand(given["hidden_states"].shape[:2]), (cos, sin)
+
+
+def _eps(norm: torch.nn.Module) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps

@@ -1,0 +1,89 @@
+"""Attention over a transformers `Cache`: keys and values are stored by the cache's own `update`, and read where it keeps them.
+
+What `update` returns is one of two things. Either exactly the keys that may be seen, the newest last (dynamic caches, and static
+sliding ones when they overflow): queries are then aligned to the end. Or a whole preallocated buffer of which only a beginning is
+filled (static caches): how much is a tensor on the device, and is used as a tensor, so that no step waits for the host.
+"""
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
+
+from ftops import ops
+from ftops.block import BlockSpec
+from ftops.ops.decode_attention import MAX_NEW_TOKENS
+
+
+def unfit_cache(cache: object, index: int) -> str | None:
+    """Why this cache cannot be served, or None."""
+    if cache is None:
+        return None
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        return f"cache {type(cache).__name__}"
+    if index < len(cache.layers) and not isinstance(cache.layers[index], (DynamicLayer, StaticLayer)):
+        return f"cache layer {type(cache.layers[index]).__name__}"
+    return None
+
+
+def attend(spec: BlockSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache | None, index: int,
+           mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention of q[B,S,H,D] over k, v[B,S,Hkv,D] and what `cache` holds of layer `index`, storing k and v there.
+
+    mask: None; rows, float [B,1,1,KV], added to the scores while causality and window come from `spec`; or any other 4-D mask,
+    bool or float, which then is the whole truth.
+    """
+    new = q.shape[1]
+    fresh = cache is not None and (index >= len(cache.layers) or not cache.layers[index].is_initialized)
+    keys, values, filled = k, v, None
+    if cache is not None:
+        keys, values = (t.transpose(1, 2) for t in cache.update(k.transpose(1, 2), v.transpose(1, 2), index))
+        filled = _filled(cache.layers[index], keys.shape[1])
+    if not is_rows(mask):
+        return ops.attention(q, keys, values, scale=spec.scale, bias=additive(mask, q.dtype))
+    bias = None if mask is None else additive(mask, q.dtype)
+    if spec.causal and cache is not None and new <= MAX_NEW_TOKENS and (filled is not None or keys.shape[1] > new):
+        if filled is None:
+            lengths = torch.full((q.shape[0],), keys.shape[1], dtype=torch.int32, device=q.device)
+        else:
+            lengths = filled.to(torch.int32).expand(q.shape[0])
+        return ops.decode_attention(q, keys, values, lengths, scale=spec.scale, window=spec.window, bias=bias)
+    if filled is not None:
+        if not fresh:
+            return ops.attention(q, keys, values, scale=spec.scale, bias=causal_bias(spec, new, keys.shape[1], filled - new, q, bias))
+        keys, values, bias = k, v, None if bias is None else bias[..., :new]
+    window = None if spec.window is None else (spec.window, -1)
+    return ops.attention(q, keys, values, causal=spec.causal, scale=spec.scale, window=window, bias=bias)
+
+
+def is_rows(mask: torch.Tensor | None) -> bool:
+    """Whether `mask` says only which keys are padding: None, or what `attention.rows_mask` makes."""
+    return mask is None or (mask.dim() == 4 and mask.shape[2] == 1 and mask.is_floating_point())
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask (True: visible) as 0 and -inf; a float one in `dtype`."""
+    if mask.dtype is torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    return mask.to(dtype)
+
+
+def causal_bias(spec: BlockSpec, queries: int, keys: int, offset: int | torch.Tensor, like: torch.Tensor,
+                rows: torch.Tensor | None, hidden: float = float("-inf")) -> torch.Tensor:
+    """[B or 1, 1, queries, keys] in the dtype of `like`: rows (or 0) where query offset + i may see key j, `hidden` elsewhere."""
+    distance = (torch.arange(queries, device=like.device) + offset).unsqueeze(-1) - torch.arange(keys, device=like.device)
+    visible = distance >= 0 if spec.causal else torch.ones_like(distance, dtype=torch.bool)
+    if spec.window is not None:
+        visible = visible & (distance <= spec.window)
+    bias = torch.zeros((1, 1, 1, keys), dtype=like.dtype, device=like.device) if rows is None else rows.to(like.dtype).clamp(min=hidden)
+    return bias.masked_fill(~visible, hidden)
+
+
+def _filled(layer: DynamicLayer | StaticLayer, returned: int) -> torch.Tensor | None:
+    """How much of the `returned` keys is filled, for a buffer that is not full; None if all are to be seen."""
+    if not isinstance(layer, StaticLayer):
+        return None
+    if not layer.is_sliding:
+        return layer.cumulative_length
+    # Past its size a sliding layer returns the last keys only, and no longer counts in its tensor.
+    overflown = returned > layer.max_cache_len or layer.cumulative_length_int > layer.max_cache_len
+    return None if overflown else layer.cumulative_length

@@ -1,0 +1,218 @@
+"""A transformers layer that runs as one ftops block.
+
+Patching changes the class of the layer object and nothing else: `type(layer)` becomes a subclass of the original with the same
+name, so hooks, recorders, isinstance checks, parameters and references from elsewhere all stay, and `super().forward` is the way
+back. What the block cannot give, the original's forward does; `State.fallbacks` counts why.
+"""
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from functools import cache as remember
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftops.block import Block, BlockSpec
+from ftops.integrations.transformers.arch import Arch, Unfit, follow
+from ftops.integrations.transformers.attention import SILENT, UNDERSTOOD, weights_requested
+from ftops.integrations.transformers.cache import attend, causal_bias, is_rows, unfit_cache
+from ftops.integrations.transformers.weights import assemble, check_parts, release
+
+# Arguments of a layer's forward that the block uses or that change nothing; any other one that is given means a fallback.
+SERVED = (SILENT | {"hidden_states", "attention_mask", "layer_past"}) - {"is_causal"}
+
+
+def examine(arch: Arch, layer: nn.Module) -> BlockSpec:
+    """The block that can take the layer's place. Raises Unfit with the reason if none can. Changes nothing."""
+    if "forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__:
+        raise Unfit("its forward was replaced on the instance")
+    for name, module in layer.named_modules():
+        hook = module.__dict__.get("_hf_hook")
+        if hook is not None and (name or getattr(hook, "offload", True)):
+            raise Unfit("accelerate offloads it" if getattr(hook, "offload", True) else f"accelerate hooks {name}")
+    spec = arch.spec(layer)
+    check_parts(arch, layer, spec)
+    return spec
+
+
+class State:
+    """What a fused layer knows beside the original: its description, its block (None: `reason` says why) and its fallbacks."""
+
+    def __init__(self, arch: Arch, layer: nn.Module) -> None:
+        self.arch = arch
+        self.arguments = tuple(inspect.signature(type(layer).forward).parameters)[1:]
+        self.fallbacks: Counter[str] = Counter()
+        self.build(layer)
+
+    def build(self, layer: nn.Module) -> None:
+        """Fuses the parameters as they are now. Afterwards `block` is None if they no longer fit."""
+        self.block, self.reason = None, None
+        try:
+            spec = examine(self.arch, layer)
+        except Unfit as unfit:
+            self.reason = str(unfit)
+            return
+        # Inside inference mode the slices would be inference tensors, and the model could not be trained after unpatch.
+        with torch.inference_mode(False), torch.no_grad():
+            self.block = Block(spec, assemble(self.arch, layer))
+        self.index = getattr(follow(layer, self.arch.attention), "layer_idx", None)
+        self.dropout = self.arch.dropout(layer)
+        self.dtype, self.device = self.block.weights.qkv.weight.dtype, self.block.weights.qkv.weight.device
+        for tensor in _tensors(self.block):
+            # As transformers does for its static caches: without it CUDA graphs of torch.compile would copy the weights at each replay.
+            torch._dynamo.mark_static_address(tensor)
+        self._inner = tuple(module for module in layer.modules() if module is not layer)
+        self._held = tuple((module.__dict__[kind], name, held) for module in (layer, *self._inner) for kind in ("_modules", "_parameters")
+                           for name, held in module.__dict__[kind].items())
+
+    def disturbed(self) -> str | None:
+        """Whether someone put other modules, parameters or hooks inside the layer, which the block would pass by."""
+        for owner, name, held in self._held:
+            if owner.get(name) is not held:
+                return f"{name} was replaced; call ftops.patch(model) again"
+        for module in self._inner:
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                if hooks and any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks.values()):
+                    return f"hook on {type(module).__name__}"
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        # The copied layer builds its own block once its parts are copied, in __setstate__.
+        copy = object.__new__(State)
+        copy.arch, copy.arguments, copy.fallbacks, copy.block, copy.reason = self.arch, self.arguments, Counter(self.fallbacks), None, None
+        return copy
+
+
+class FusedLayer:
+    """Comes before the original class in the method resolution order of a patched layer."""
+
+    _ftops: State
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self._ftops
+        given = dict(zip(state.arguments, args, strict=False))
+        given.update(kwargs)
+        reason = self._unfit(given)
+        if reason is not None:
+            # A count that changes would be a guard, and a new compilation each time.
+            if not torch.compiler.is_compiling():
+                state.fallbacks[reason] += 1
+            return self._original(given)
+        cache, mask = given.get(state.arch.cache), given.get("attention_mask")
+        spec, index = state.block.spec, state.index
+        positions, freqs = state.arch.rotation(self, given)
+        out = state.block(given["hidden_states"], lambda q, k, v: attend(spec, q, k, v, cache, index, mask), positions, freqs)
+        return (out, None) if state.arch.returns_tuple else out
+
+    def _unfit(self, given: dict[str, Any]) -> str | None:
+        """Why this call must go to the original layer, or None."""
+        state, x = self._ftops, given["hidden_states"]
+        if state.block is None:
+            return state.reason
+        if self.training and state.dropout:
+            return "training with dropout"
+        if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())):
+            return "gradients"
+        if torch.is_autocast_enabled(x.device.type):
+            return "autocast"
+        if weights_requested(given):
+            return "attention weights"
+        for name, value in given.items():
+            if value is not None and name not in SERVED:
+                return f"argument {name}"
+        if x.dtype is not state.dtype or x.device != state.device:
+            return f"hidden_states are {x.dtype} on {x.device.type}, weights {state.dtype} on {state.device.type}"
+        mask = given.get("attention_mask")
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
+            return "attention_mask is not 4-D"
+        unfit = unfit_cache(given.get(state.arch.cache), state.index)
+        if unfit is not None or torch.compiler.is_compiling():
+            return unfit
+        return state.disturbed()
+
+    def _original(self, given: dict[str, Any]) -> Any:
+        """The original layer's own forward, with a mask that it understands."""
+        arch = self._ftops.arch
+        mask = given.get("attention_mask")
+        if is_rows(mask):
+            given["attention_mask"] = self._whole_mask(given, mask)
+        if arch.uses_registry:
+            given[UNDERSTOOD] = True
+        return super().forward(**given)
+
+    def _whole_mask(self, given: dict[str, Any], rows: torch.Tensor | None) -> torch.Tensor | None:
+        """rows, causality and window as one additive mask; None where transformers' SDPA function needs none."""
+        state, x = self._ftops, given["hidden_states"]
+        spec = state.arch.spec(self)
+        cache, length = given.get(state.arch.cache), x.shape[1]
+        keys, first, offset = length, 0, 0
+        if cache is not None:
+            index = follow(self, state.arch.attention).layer_idx
+            (keys, first), offset = cache.get_mask_sizes(length, index), cache.get_seq_length(index)
+        alone = keys == length and (spec.window is None or length <= spec.window)
+        if rows is None and state.arch.uses_registry and not weights_requested(given) and (alone or not spec.causal):
+            return None
+        return causal_bias(spec, length, keys, offset - first, x, rows, hidden=torch.finfo(x.dtype).min)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`.to()` and the like give every parameter memory of its own, so the block is built anew."""
+        self._ftops.block = None
+        module = super()._apply(fn, recurse)
+        self._ftops.build(self)
+        return module
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._ftops.build(self)
+
+
+@remember
+def fused_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `original`, of the same name, that runs as a block."""
+    return type(original.__name__, (FusedLayer, original), {"__module__": original.__module__, "__doc__": original.__doc__})
+
+
+def _after_load(layer: FusedLayer, _: object) -> None:
+    """`load_state_dict(assign=True)` puts other parameters in place."""
+    layer._ftops.build(layer)
+
+
+def swap_layer(arch: Arch, layer: nn.Module) -> None:
+    layer._ftops = State(arch, layer)
+    layer.register_load_state_dict_post_hook(_after_load)
+    change_class(layer, fused_class(type(layer)))
+
+
+def restore_layer(layer: nn.Module) -> None:
+    arch = layer._ftops.arch
+    change_class(layer, original_class(layer))
+    hooks = layer._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is _after_load]:
+        del hooks[key]
+    del layer._ftops
+    with torch.inference_mode(False), torch.no_grad():
+        release(arch, layer)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the mixin of a swapped module stands before."""
+    return type(module).__bases__[1]
+
+
+def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Sets the class. An accelerate hook holds the old forward on the instance, so it is taken off and put on again."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+        remove_hook_from_module(module)
+        module.__dict__.pop("forward", None)
+    module.__class__ = kind
+    if hook is not None:
+        add_hook_to_module(module, hook)
+
+
+def _tensors(block: Block) -> list[torch.Tensor]:
+    weights = [value for value in vars(block.weights).values() if value is not None]
+    return [tensor for part in weights for tensor in (part.weight, part.bias) if tensor is not None]

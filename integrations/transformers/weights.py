@@ -1,0 +1,115 @@
+"""A layer's parameters as the block wants them: q, k, v as one matrix, gate and up as one, without a second copy.
+
+The fused matrix is made once and the original parameters become slices of it, so they stay the same objects with the same values.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ftops.block import BlockSpec, BlockWeights, Linear, Norm
+from ftops.integrations.transformers.arch import Arch, Unfit, follow
+from ftops.op import DTYPES
+
+
+def parts(arch: Arch) -> tuple[str, ...]:
+    """Paths of the modules whose parameters the block uses."""
+    return (*arch.norms, *arch.qkv, *(arch.qk_norms or ()), arch.out, *arch.up, arch.down)
+
+
+def check_parts(arch: Arch, layer: nn.Module, spec: BlockSpec) -> None:
+    """Raises Unfit, naming the part, for weights that the block cannot use as they are. Changes nothing."""
+    for path in parts(arch):
+        part = follow(layer, path)
+        if path not in arch.norms and path not in (arch.qk_norms or ()) and type(part) not in (nn.Linear, Conv1D):
+            raise Unfit(f"{path} is a {type(part).__name__}, not a plain linear")
+    parameters = list(_parameters(arch, layer))
+    for path, parameter in parameters:
+        if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+            raise Unfit(f"{path} holds a {type(parameter.data).__name__}")
+        if parameter.device.type not in ("cpu", "cuda"):
+            raise Unfit(f"{path} is on {parameter.device}")
+        if parameter.dtype not in DTYPES:
+            raise Unfit(f"{path} is {parameter.dtype}")
+    if len({(parameter.dtype, parameter.device) for _, parameter in parameters}) > 1:
+        raise Unfit("its parameters have different dtypes or devices")
+    if any(buffer.is_meta for buffer in layer.buffers()):
+        raise Unfit("it has buffers on the meta device")
+    for group in (arch.qkv, arch.up):
+        modules = [follow(layer, path) for path in group]
+        if len({module.bias is None for module in modules}) > 1:
+            raise Unfit(f"some of {', '.join(group)} have a bias and some have not")
+        if len({id(module.weight) for module in modules}) < len(modules):
+            raise Unfit(f"{', '.join(group)} share a weight")
+    rows = sum(_oriented(follow(layer, path)).shape[0] for path in arch.qkv)
+    expected = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    if rows != expected:
+        raise Unfit(f"q, k and v have {rows} rows together, not {expected}: heads were removed or split")
+
+
+def assemble(arch: Arch, layer: nn.Module) -> BlockWeights:
+    """The block's weights; what had to be fused now lies behind the original parameters as well."""
+    norms = [_norm(layer, path) for path in arch.norms]
+    q_norm, k_norm = (_norm(layer, path) for path in arch.qk_norms) if arch.qk_norms else (None, None)
+    return BlockWeights(
+        norm1=norms[0], norm2=norms[1] if len(norms) > 1 else None, qkv=_linear(layer, arch.qkv), out=_linear(layer, (arch.out,)),
+        up=_linear(layer, arch.up), down=_linear(layer, (arch.down,)), q_norm=q_norm, k_norm=k_norm)
+
+
+def release(arch: Arch, layer: nn.Module) -> None:
+    """Gives the fused parameters memory of their own again."""
+    for group in (arch.qkv, arch.up):
+        for module in (follow(layer, path) for path in group if len(group) > 1):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
+
+
+def fuse(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all tensors as one, whose slices they become. Does nothing if they already lie one after the other."""
+    first = tensors[0].data
+    if len(tensors) == 1:
+        return first
+    if not _adjacent(tensors):
+        fused = torch.cat([tensor.data for tensor in tensors])
+        for tensor, rows in zip(tensors, fused.split([len(tensor) for tensor in tensors]), strict=True):
+            tensor.data = rows
+        return fused
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
+def _adjacent(tensors: Sequence[torch.Tensor]) -> bool:
+    storage, end = tensors[0].untyped_storage().data_ptr(), tensors[0].storage_offset()
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.storage_offset() != end or tensor.untyped_storage().data_ptr() != storage:
+            return False
+        end += tensor.numel()
+    return True
+
+
+def _oriented(module: nn.Module) -> torch.Tensor:
+    """The weight as [out, in]; Conv1D keeps it as [in, out]."""
+    return module.weight.data.t() if type(module) is Conv1D else module.weight.data
+
+
+def _linear(layer: nn.Module, paths: tuple[str, ...]) -> Linear:
+    modules = [follow(layer, path) for path in paths]
+    if len(modules) == 1:
+        bias = modules[0].bias
+        return Linear(_oriented(modules[0]), None if bias is None else bias.data)
+    bias = None if modules[0].bias is None else fuse([module.bias for module in modules])
+    return Linear(fuse([module.weight for module in modules]), bias)
+
+
+def _norm(layer: nn.Module, path: str) -> Norm:
+    module = follow(layer, path)
+    bias = getattr(module, "bias", None)
+    return Norm(module.weight.data, None if bias is None else bias.data)
+
+
+def _parameters(arch: Arch, layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for path in parts(arch):
+        for parameter in follow(layer, path).parameters(recurse=False):
+            yield path, parameter
