@@ -25,6 +25,12 @@ def reference(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor |
     return wide.to(x.dtype)
 
 
+def reference_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+                       eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x + residual
+    return reference(total, weight, bias, eps), total
+
+
 def _cpu(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
 

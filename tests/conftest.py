@@ -1,0 +1,35 @@
+"""What every test stands on: no network, one seed, few threads, and GPU tests only where there is a GPU."""
+from __future__ import annotations
+
+import logging
+import os
+
+# Before torch or transformers are imported: no test may depend on a download, and workers share the machine's cores.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+# torch.compile traces at DEBUG whatever the level asked for; caught by pytest it buries the failure.
+logging.getLogger("torch.__trace").propagate = False
+torch.set_num_threads(max(1, min(4, len(os.sched_getaffinity(0)) // WORKERS)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo() -> None:
+    """Compiled code and counters of earlier tests are forgotten."""
+    torch._dynamo.reset()
