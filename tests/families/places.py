@@ -5,7 +5,8 @@ import pytest
 import torch
 
 FLOAT32 = pytest.param("cpu", torch.float32, id="cpu-float32")
-GPU = [pytest.param("cuda", dtype, id=f"cuda-{str(dtype)[6:]}", marks=pytest.mark.gpu) for dtype in (torch.float16, torch.bfloat16, torch.float32)]
+GPU = [pytest.param("cuda", dtype, id=f"cuda-{str(dtype)[6:]}", marks=pytest.mark.gpu)
+       for dtype in (torch.float16, torch.bfloat16, torch.float32)]
 SECOND_GPU = pytest.param("cuda:1", torch.float16, id="second_gpu", marks=[
     pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")])
 
