@@ -5,6 +5,7 @@ A new op is `ftops/ops/<name>.py`, `numba_kernels/<name>.py` and one line here.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 OPS = (
@@ -23,6 +24,19 @@ OPS = (
 def op_module(name: str) -> ModuleType:
     """The file of op `name`: its reference, handle(s), public function and cases()."""
     return import_module(f"ftops.ops.{name}")
+
+
+def kernel_file(name: str) -> str | None:
+    """The file that serves op `name` on a GPU, relative to its package's folder, or None where there is none."""
+    from ftops import numba_kernels
+    file = Path(numba_kernels.__file__).with_name(f"{name}.py")
+    return f"{file.parent.name}/{file.name}" if file.is_file() else None
+
+
+def kernel_cache() -> Path:
+    """The folder in which compiled kernels are kept."""
+    from ftops.numba_kernels.compile import cache_folder
+    return cache_folder()
 
 
 # The function takes the place of its module as an attribute of this package, as in `ftops.ops.rms_norm(...)`.

@@ -1,0 +1,78 @@
+"""The command line: `ftops demo | info | generate`. Each command imports what it needs when it runs."""
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+
+import ftops
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0, 1 where a comparison failed, 2 where an argument cannot be served."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"ftops {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        print("ftops: transformers is not installed; pip install 'ftops[demo]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ftops", description="Fused layers for Hugging Face models.")
+    parser.add_argument("--version", action="version", version=f"ftops {ftops.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="two real models, before and after ftops.patch: is the output the same, and how fast is it")
+    demo.set_defaults(run=_demo)
+    _add_placement(demo)
+    demo.add_argument("--runs", type=int, default=5, help="timed passes, of which the median is shown (default 5)")
+    demo.add_argument("--max-new-tokens", type=int, default=64, help="tokens that the generator adds to each prompt (default 64)")
+
+    info = commands.add_parser("info", help="versions, GPUs or what is missing for them, and what serves each op")
+    info.set_defaults(run=_info)
+
+    generate = commands.add_parser("generate", help="continue a prompt with a patched model, streaming the text")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--model", help="folder or Hugging Face hub id (default: the small Python-writing model that ftops carries)")
+    generate.add_argument("--max-new-tokens", type=int, default=128, help="default 128")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy decoding")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling, default 0")
+    generate.add_argument("--no-patch", action="store_true", help="run the model as transformers has it")
+    _add_placement(generate)
+    return parser
+
+
+def _add_placement(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one) or auto (spread over all devices)")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                         help="default: 16 bits as in the checkpoint on a GPU, float32 on a CPU")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from ftops.integrations.demo.demo import demo
+    same = demo(device=options.device, dtype=options.dtype, runs=options.runs, max_new_tokens=options.max_new_tokens)
+    return 0 if same else 1
+
+
+def _info(_: argparse.Namespace) -> int:
+    from ftops.info import show
+    show(Console())
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from ftops.integrations.demo.generate import generate
+    line = generate(options.prompt, model=options.model, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+                    seed=options.seed, dtype=options.dtype, device=options.device, patch=not options.no_patch)
+    print(line, file=sys.stderr)
+    return 0
