@@ -141,6 +141,9 @@ mma_bf16 = ptx_accumulate("mma_bf16", _MMA % ("bf16", "bf16"), 4, "rrrrrr")
 mma_f16 = ptx_accumulate("mma_f16", _MMA % ("f16", "f16"), 4, "rrrrrr")
 MMA = {"bfloat16": mma_bf16, "float16": mma_f16}
 
+# x, computed here: what is derived from it is not hoisted out of a branch that is seldom taken, where it would hold registers.
+here = ptx("here", "mov.b32 $0, $1;", "r", "r")
+
 # Conversions. A pair is a u32 whose low half comes first in memory.
 bits_f32 = ptx("bits_f32", "mov.b32 $0, $1;", "f", "r", pure=True)
 f32_bits = ptx("f32_bits", "mov.b32 $0, $1;", "r", "f", pure=True)
@@ -173,6 +176,9 @@ round_i32 = ptx("round_i32", "cvt.rni.s32.f32 $0, $1;", "r", "f", pure=True)
 divide = ptx("divide", "div.full.f32 $0, $1, $2;", "f", "ff", pure=True)
 rsqrt = ptx("rsqrt", "rsqrt.approx.f32 $0, $1;", "f", "f", pure=True)
 tanh_approx = ptx("tanh_approx", "tanh.approx.f32 $0, $1;", "f", "f", pure=True)
+
+# Numba divides in 64 bits.
+div_u32 = ptx("div_u32", "div.u32 $0, $1, $2;", "r", "rr", pure=True)
 
 # Warp shuffles and votes.
 warp_sync = ptx("warp_sync", "bar.warp.sync 0xffffffff;")
