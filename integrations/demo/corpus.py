@@ -29,12 +29,15 @@ def read_corpus(stdlib: Path) -> tuple[list[str], list[str]]:
         if not text or digest in seen:
             continue
         seen.add(digest)
-        # by the path's hash and not by position: a file keeps its side from one Python to the next
-        is_held_out = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:4], "big") % 50 == 0
-        (held_out if is_held_out else train).append(text + "\n")
+        (held_out if is_held_out(name) else train).append(text + "\n")
     if not held_out:
         raise ValueError(f"read_corpus: {stdlib} holds {len(train)} usable .py files and none to validate on; pass a Python's lib folder")
     return train, held_out
+
+
+def is_held_out(name: Path) -> bool:
+    """Whether a file is for validation. By the hash of its path below the library, so it keeps its side from one Python to the next."""
+    return int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:4], "big") % 50 == 0
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:

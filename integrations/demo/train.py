@@ -225,7 +225,8 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> int:
 
 def check_saved(folder: Path, held_out: torch.Tensor, batch: int) -> tuple[float, list[str]]:
     """Return the validation loss of the files as anyone would load them, and what they write after each of PROMPTS."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(held_out.device)
+    on_gpu = held_out.is_cuda  # a CPU computes the same bfloat16 weights in float32, which it is faster at
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if on_gpu else torch.float32).to(held_out.device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     loss = validation_loss(model, held_out, batch)
     model.eval()

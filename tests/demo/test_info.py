@@ -1,0 +1,59 @@
+"""`ftops info` is what a person runs when something is missing, so it works without everything."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftops import info
+from ftops.cli import main
+from ftops.ops import OPS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+def test_without_a_gpu_it_says_what_is_missing_and_what_is_used(capsys):
+    assert main(["info"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The CPU is used" in shown
+    assert "Missing: PyTorch" in shown
+    assert torch.__version__ in shown
+    for op in OPS:
+        assert f"ftops.ops.{op} " in shown
+
+
+def test_it_names_a_missing_compiler(monkeypatch):
+    """A GPU machine without the CUDA compiler wheels is told which extra to install."""
+    monkeypatch.setattr(info, "installed", lambda *names: None if "nvidia-nvjitlink" in names else "1.0")
+    assert any("nvidia-nvjitlink" in sentence and "ftops[cu13]" in sentence for sentence in info.missing_for_gpu())
+
+
+def test_the_cuda_12_wheels_count(monkeypatch):
+    monkeypatch.setattr(info.metadata, "version", lambda name: {"nvidia-nvjitlink-cu12": "12.9"}.get(name) or _absent(name))
+    assert info.installed("nvidia-nvjitlink", "nvidia-nvjitlink-cu12") == "12.9"
+    assert info.installed("nvidia-nvjitlink") is None
+
+
+def _absent(name: str) -> str:
+    raise info.metadata.PackageNotFoundError(name)
+
+
+def test_it_shows_where_kernels_are_kept(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("FTOPS_CACHE", str(tmp_path))
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "one.cubin").write_bytes(b"x" * 2**20)
+    assert main(["info"]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert f"{tmp_path}/kernels(1kernels,1.0MiB)" in shown
+
+
+def test_it_needs_neither_transformers_nor_numba():
+    """A broken or missing transformers does not stop the command that would say so."""
+    code = ("import sys; sys.modules['transformers'] = sys.modules['numba'] = None\n"
+            "from ftops.cli import main; sys.exit(main(['info']) or main(['generate', '--prompt', 'x']))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "ftops.ops.attention" in done.stdout
+    assert "pip install 'ftops[demo]'" in done.stderr
