@@ -110,6 +110,18 @@ st_global_32 = ptx("st_global_32", "st.global.b32 [$0], $1;", "", "lr")
 st_global_f32 = ptx("st_global_f32", "st.global.f32 [$0], $1;", "", "lf")
 st_global_64 = ptx("st_global_64", "st.global.v2.b32 [$0], {$1, $2};", "", "lrr")
 st_global_128 = ptx("st_global_128", "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "", "lrrrr")
+# Loads and stores where the last operand is not 0; elsewhere a load gives 0. Without branches, several are on their way at once.
+ld_global_16_if = ptx("ld_global_16_if", "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, $2, 0; mov.b16 t, 0; @p ld.global.nc.b16 t, [$1]; "
+                      "cvt.u32.u16 $0, t; }", "r", "lr")
+ld_global_32_if = ptx("ld_global_32_if", "{ .reg .pred p; .reg .b32 t; setp.ne.u32 p, $2, 0; mov.b32 t, 0; @p ld.global.nc.b32 t, [$1]; "
+                      "mov.b32 $0, t; }", "r", "lr")
+ld_global_128_if = ptx("ld_global_128_if", "{ .reg .pred p; .reg .b32 t<4>; setp.ne.u32 p, $5, 0; mov.b32 t0, 0; mov.b32 t1, 0; mov.b32 t2, 0; "
+                       "mov.b32 t3, 0; @p ld.global.nc.v4.b32 {t0, t1, t2, t3}, [$4]; mov.b32 $0, t0; mov.b32 $1, t1; mov.b32 $2, t2; "
+                       "mov.b32 $3, t3; }", "rrrr", "lr")
+st_global_16_if = ptx("st_global_16_if", "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, $2, 0; cvt.u16.u32 t, $1; @p st.global.b16 [$0], t; }", "", "lrr")
+st_global_32_if = ptx("st_global_32_if", "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.b32 [$0], $1; }", "", "lrr")
+st_global_128_if = ptx("st_global_128_if", "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.v4.b32 [$0], {$1, $2, $3, $4}; }", "", "lrrrrr")
+prefetch_l2 = ptx("prefetch_l2", "prefetch.global.L2 [$0];", "", "l")
 # What a kernel before this one in the stream has written, which need not have ended.
 ld_written_128 = ptx("ld_written_128", "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "l")
 ld_written_f32 = ptx("ld_written_f32", "ld.global.f32 $0, [$1];", "f", "l")
@@ -156,7 +168,7 @@ f16_pair = ptx("f16_pair", "cvt.rn.f16x2.f32 $0, $2, $1;", "r", "ff", pure=True)
 # Two 8-bit values to two float16. The low 16 bits of $1 are read; before sm_89 the exponent is moved and rebased (a NaN reads as 480).
 e4m3_to_f16_pair = ptx("e4m3_to_f16_pair", {
     80: "{ .reg .b32 a, s; prmt.b32 a, $1, 0, 0x1404; and.b32 s, a, 0x80008000; and.b32 a, a, 0x7f007f00; shr.u32 a, a, 1; or.b32 a, a, s; "
-        "mul.rn.f16x2 $0, a, 0x5c005c00; }",
+        "mov.b32 s, 0x5c005c00; mul.rn.f16x2 $0, a, s; }",
     89: "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"}, "r", "r", pure=True)
 permute = ptx("permute", "prmt.b32 $0, $1, $2, $3;", "r", "rrr", pure=True)  # byte i of the result is byte $3[4 i + 3 : 4 i] of ($2, $1)
 sub_f16_pair = ptx("sub_f16_pair", "sub.rn.f16x2 $0, $1, $2;", "r", "rr", pure=True)

@@ -1,0 +1,95 @@
+"""What the kernels of decode_attention share: their parameters, a block's range of keys, options of the score, and the result's rows."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import cuda
+
+from ftops.numba_kernels import ptx
+
+SIGNATURE = "pppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiii" + "ff"
+LOG2E = 1.4426950408889634
+LOWEST = -1e29  # a finite bias, however low, keeps its key: a row of nothing but the dtype's minimum attends evenly
+
+
+def make_key_range(tile: int) -> Callable:
+    """key_range(...) -> (length, start, low, high): the length within the capacity, the first visible key, and the tiles of `split` from it."""
+
+    @cuda.jit(device=True, forceinline=True)
+    def key_range(length, capacity, new, window, split, splits):
+        length = min(max(length, 0), capacity)
+        start = max(length - new - window, 0) if window >= 0 else 0
+        tiles = np.int32(np.uint32(length - start + (tile - 1)) // tile)
+        each = np.int32(ptx.div_u32(tiles, splits))
+        rest = tiles - each * splits
+        low = split * each + min(split, rest)
+        return np.int32(length), np.int32(start), np.int32(low), np.int32(low + each + (1 if split < rest else 0))
+
+    return key_range
+
+
+@cuda.jit(device=True, forceinline=True)
+def row_of(row, kv_head, group):
+    """(token, head) of a row: rows are new tokens x the query heads of one kv head."""
+    token = np.int64(ptx.div_u32(row, group))
+    return token, kv_head * group + row - token * group
+
+
+@cuda.jit(device=True, forceinline=True)
+def capped(x, cap):
+    """softcap * tanh(s / softcap) in units of log2: x is 2 log2(e) s / softcap, and cap is softcap log2(e).
+
+    tanh(z) = 1 - 2 / (1 + exp(2 z)): tanh.approx is only good to 2 ** -11 of the cap.
+    """
+    return cap - np.float32(2) * cap * ptx.reciprocal(np.float32(1) + ptx.exp2(x))
+
+
+@cuda.jit(device=True, forceinline=True)
+def load_bias(row_gl, key, bias_key, kind):
+    """The bias of a key in units of log2. kind: 0 float32, 1 float16, 2 bfloat16."""
+    if kind == 0:
+        added = ptx.ld_global_f32(row_gl + 4 * key * bias_key)
+    else:
+        word = ptx.ld_global_16(row_gl + 2 * key * bias_key)
+        added = ptx.f16_low(word) if kind == 1 else ptx.bf16_low(word)
+    return added if added == np.float32(-np.inf) else ptx.maximum(added * np.float32(LOG2E), np.float32(LOWEST))
+
+
+@cuda.jit(device=True, forceinline=True)
+def store_four(out_gl, line, column, head_dim, a, b, c, d, kind):
+    """Four values of row `line` of an output of `kind` (0 float32, 1 float16, 2 bfloat16), or as many as head_dim leaves."""
+    at = line * head_dim + column
+    if head_dim & 3 != 0:
+        for i in range(min(4, head_dim - column)):
+            value = a if i == 0 else b if i == 1 else c if i == 2 else d
+            if kind == 0:
+                ptx.st_global_f32(out_gl + 4 * (at + i), value)
+            else:
+                ptx.st_global_16(out_gl + 2 * (at + i), ptx.f16_pair(value, value) if kind == 1 else ptx.bf16_pair(value, value))
+    elif kind == 0:
+        ptx.st_global_128(out_gl + 4 * at, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))
+    elif kind == 1:
+        ptx.st_global_64(out_gl + 2 * at, ptx.f16_pair(a, b), ptx.f16_pair(c, d))
+    else:
+        ptx.st_global_64(out_gl + 2 * at, ptx.bf16_pair(a, b), ptx.bf16_pair(c, d))
+
+
+@cuda.jit(device=True, forceinline=True)
+def store_result(a, b, c, d, highest, total, token, head, column, group, head_dim, split, splits, out_gl, partial_gl, lse_gl, kind):
+    """Four sums of a row with its maximum and total: the output if there is one split, else a partial result and its log2(sum exp).
+
+    Partial rows are head_dim floats, rounded up to 4. Where total is 0 nothing was seen: 0, or a log of -inf and no partial result.
+    """
+    line = token * cuda.gridDim.y * group + head
+    inverse = np.float32(0) if total == np.float32(0) else ptx.reciprocal(total)
+    a, b, c, d = a * inverse, b * inverse, c * inverse, d * inverse
+    if splits == 1:
+        store_four(out_gl, line, column, head_dim, a, b, c, d, kind)
+    else:
+        line = line * splits + split
+        if column == 0:
+            ptx.st_global_f32(lse_gl + 4 * line, np.float32(-np.inf) if total == np.float32(0) else highest + ptx.log2(total))
+        if total != np.float32(0):
+            at = partial_gl + 4 * (line * ((head_dim + 3) & -4) + column)
+            ptx.st_global_128(at, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))

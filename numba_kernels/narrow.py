@@ -1,0 +1,58 @@
+"""Device helpers for 8-bit caches: int8 and float8 e4m3 values widened to float16 fragments, and made from float32."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import cuda
+
+from ftops.numba_kernels import ptx
+
+
+def make_widen(cache: str) -> tuple[Callable, Callable]:
+    """(pairs, columns) of a word of four 8-bit values, each as two float16 pairs: pairs gives (0, 1) and (2, 3), columns (0, 2) and (1, 3).
+
+    All float16 here are exact. int8: the byte x + 128 under the bits of 1024 reads as 1152 + x.
+    """
+    if cache == "int8":
+        @cuda.jit(device=True, forceinline=True)
+        def widen(word, first, second):
+            biased, magic, offset = word ^ np.uint32(0x80808080), np.uint32(0x64646464), np.uint32(0x64806480)
+            return ptx.sub_f16_pair(ptx.permute(biased, magic, first), offset), ptx.sub_f16_pair(ptx.permute(biased, magic, second), offset)
+
+        @cuda.jit(device=True, forceinline=True)
+        def pairs(word):
+            return widen(word, np.uint32(0x4140), np.uint32(0x4342))
+
+        @cuda.jit(device=True, forceinline=True)
+        def columns(word):
+            return widen(word, np.uint32(0x4240), np.uint32(0x4341))
+    else:
+        @cuda.jit(device=True, forceinline=True)
+        def pairs(word):
+            return ptx.e4m3_to_f16_pair(word), ptx.e4m3_to_f16_pair(word >> np.uint32(16))
+
+        @cuda.jit(device=True, forceinline=True)
+        def columns(word):
+            return pairs(ptx.permute(word, np.uint32(0), np.uint32(0x3120)))
+    return pairs, columns
+
+
+@cuda.jit(device=True, forceinline=True)
+def e4m3_from_f32(x):
+    """The byte of a float32 that is at most 448 in size, rounded to nearest even; NaN stays NaN."""
+    bits = ptx.f32_bits(x)
+    size = bits & np.uint32(0x7FFFFFFF)
+    byte = np.uint32(0x7F)
+    if size < np.uint32(121 << 23):  # below 2 ** -6, where e4m3 has no leading one: an addition rounds at 2 ** -9
+        byte = ptx.f32_bits(ptx.bits_f32(size) + np.float32(16384.0)) - np.uint32(0x46800000)
+    elif size <= np.uint32(0x7F800000):
+        odd = (size >> np.uint32(20)) & np.uint32(1)
+        byte = (size - np.uint32(120 << 23) + np.uint32(0x7FFFF) + odd) >> np.uint32(20)
+    return np.uint32(byte) | ((bits >> np.uint32(24)) & np.uint32(0x80))
+
+
+@cuda.jit(device=True, forceinline=True)
+def int8_from_f32(x):
+    """The byte of a float32 rounded to nearest even and clipped to +-127."""
+    return ptx.round_i32(ptx.maximum(ptx.minimum(x, np.float32(127)), np.float32(-127))) & np.uint32(0xFF)
