@@ -2,14 +2,15 @@
 
 "ftops_rows"  for models whose layers are fused: the mask says only which keys are padding, [B,1,1,KV], and costs one row;
               causality and window are the kernel's. Nothing but a fused layer may be given such a mask.
-"ftops"       for every other model: transformers' own whole mask, additive; the function serves it with `ops.attention` and hands
-              what it cannot give (weights, gradients, dropout, sinks, position bias, ...) to transformers' own functions.
+"ftops"       for every other model: transformers' own whole mask; the function serves it with `ops.attention` and hands what it
+              cannot give (weights, gradients, dropout, sinks, position bias, ...) to transformers' own functions.
 """
 from __future__ import annotations
 
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,18 +24,26 @@ from ftops.integrations.transformers.cache import additive
 from ftops.op import DTYPES
 
 WHOLE, ROWS = "ftops", "ftops_rows"
-# A fused layer that falls back passes this with the whole mask it made, as proof that the rows were understood.
-UNDERSTOOD = "ftops_whole_mask"
+# A fused layer that falls back passes this, the implementation to use, with the whole mask that it made of the rows.
+INSTEAD = "ftops_instead"
 # Arguments that attention functions are passed and that change nothing here: the mask or the module has said it already.
 SILENT = {"sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
-          "is_causal", "num_items_in_batch", "token_type_ids", "position_embeddings", "past_key_values", "logits_to_keep", UNDERSTOOD}
+          "is_causal", "num_items_in_batch", "token_type_ids", "position_embeddings", "past_key_values", "logits_to_keep", INSTEAD}
+
+
+@dataclass
+class AttentionState:
+    """Of an attention module that calls the registry: what it used before, and how often that served a call since, by reason."""
+
+    before: str
+    fallbacks: Counter[str] = field(default_factory=Counter)
 
 
 def register() -> None:
     """Makes the names known to transformers; again is harmless."""
     AttentionInterface.register(WHOLE, whole_attention)
     AttentionInterface.register(ROWS, rows_attention)
-    AttentionMaskInterface.register(WHOLE, whole_mask)
+    AttentionMaskInterface.register(WHOLE, sdpa_mask)
     AttentionMaskInterface.register(ROWS, rows_mask)
 
 
@@ -48,12 +57,6 @@ def weights_requested(given: dict[str, Any]) -> bool:
     return collected is not None and "attentions" in collected
 
 
-def whole_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.Tensor | None:
-    """transformers' mask for SDPA, None where it can be skipped, as 0 and -inf in `dtype`."""
-    mask = sdpa_mask(*args, **kwargs)
-    return None if mask is None else additive(mask, dtype)
-
-
 def rows_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | torch.Tensor = 0, kv_offset: int = 0,
               attention_mask: torch.Tensor | None = None, allow_is_causal_skip: bool = True, use_vmap: bool = False,
               dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.Tensor | None:
@@ -64,8 +67,8 @@ def rows_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | to
     """
     plain = "allow_is_bidirectional_skip" in kwargs or allow_is_causal_skip or q_length == 1
     if use_vmap or not plain:
-        return whole_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-                          attention_mask=attention_mask, allow_is_causal_skip=False, use_vmap=use_vmap, dtype=dtype, **kwargs)
+        return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+                         attention_mask=attention_mask, allow_is_causal_skip=False, use_vmap=use_vmap, **kwargs)
     if attention_mask is None:
         return None
     if not _recording():
@@ -85,30 +88,35 @@ def _recording() -> bool:
 def rows_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                    attention_mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the original layer of a fused one calls when that falls back: transformers' own attention with the whole mask."""
-    if not kwargs.pop(UNDERSTOOD, False):
+    instead = kwargs.pop(INSTEAD, None)
+    if instead is None:
         raise RuntimeError(f'attn_implementation "{ROWS}" is for models patched by ftops.patch, and {type(module).__name__} is not in one; '
                            'set attn_implementation="sdpa"')
-    return hand_over(module, query, key, value, attention_mask, **kwargs)
+    return hand_over(instead, module, query, key, value, attention_mask, **kwargs)
 
 
 def whole_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                     attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
-                    softcap: float | None = None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+                    softcap: float | None = None, position_bias: torch.Tensor | None = None,
+                    **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention function: query[B,H,S,D], key and value[B,Hkv,KV,D] -> ([B,S,H,D], weights or None)."""
     reason = _unfit(query, key, value, attention_mask, dropout, kwargs)
     if reason is not None:
-        fallbacks: Counter[str] | None = module.__dict__.get("_ftops_attention")
-        if fallbacks is not None and not torch.compiler.is_compiling():
-            fallbacks[reason] += 1
-        if softcap is not None:
-            kwargs["softcap"] = softcap
-        return hand_over(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        state: AttentionState | None = module.__dict__.get("_ftops_attention")
+        if state is not None and not torch.compiler.is_compiling():
+            state.fallbacks[reason] += 1
+        return hand_over(state.before if state else "sdpa", module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+                         **{name: given for name, given in (("softcap", softcap), ("position_bias", position_bias)) if given is not None},
+                         **kwargs)
     length = query.shape[2]
     causal = attention_mask is None and length > 1 and bool(_causal(module, kwargs))
     if causal and key.shape[2] > length:
         # The one case in which transformers skips the mask over a longer buffer: the first tokens of a static cache.
         key, value = key[:, :, :length], value[:, :, :length]
+        position_bias = None if position_bias is None else position_bias[..., :length]
     bias = None if attention_mask is None else additive(attention_mask, query.dtype)
+    if position_bias is not None:
+        bias = position_bias if bias is None else bias + position_bias
     out = ops.attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=causal, scale=scaling,
                         softcap=softcap or 0.0, bias=bias)
     return out, None
@@ -128,7 +136,7 @@ def _unfit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "gradients"
     for name, given in kwargs.items():
-        if given is not None and name not in SILENT:
+        if name not in SILENT and given is not None and given is not False:
             return f"argument {name}"
     if query.dtype not in DTYPES or key.dtype is not query.dtype or value.dtype is not query.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}"
@@ -141,19 +149,17 @@ def _unfit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
     return None
 
 
-def hand_over(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
-              **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' SDPA function, or, for what only it can give, the eager function in the file of the model."""
+def hand_over(before: str, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+              mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' SDPA function, or the eager one in the model's file: if the model used that, or for what only that can give."""
     eager: Callable | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     special = [name for name in kwargs if kwargs[name] is not None and name not in SILENT and name not in ("scaling", "dropout")]
-    if eager is None or not (weights_requested(kwargs) or special):
-        return sdpa_attention_forward(module, query, key, value, _finite(mask, query), **kwargs)
+    if eager is None or not (before == "eager" or special or weights_requested(kwargs)):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     length, keys = query.shape[2], key.shape[2]
     if mask is None and length > 1 and _causal(module, kwargs):
         mask = torch.ones((1, 1, length, keys), dtype=torch.bool, device=query.device).tril()
-    return eager(module, query, key, value, _finite(mask, query), **kwargs)
-
-
-def _finite(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """transformers hides keys with the smallest finite number, so that a row that sees nothing is no NaN."""
-    return None if mask is None else additive(mask, query.dtype).clamp(min=torch.finfo(query.dtype).min)
+    if mask is not None:
+        # As transformers does: the smallest finite number, so that a row that sees nothing is no NaN.
+        mask = additive(mask, query.dtype).clamp(min=torch.finfo(query.dtype).min)
+    return eager(module, query, key, value, mask, **kwargs)

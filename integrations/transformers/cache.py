@@ -68,14 +68,14 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def causal_bias(spec: BlockSpec, queries: int, keys: int, offset: int | torch.Tensor, like: torch.Tensor,
-                rows: torch.Tensor | None, hidden: float = float("-inf")) -> torch.Tensor:
-    """[B or 1, 1, queries, keys] in the dtype of `like`: rows (or 0) where query offset + i may see key j, `hidden` elsewhere."""
+                rows: torch.Tensor | None) -> torch.Tensor:
+    """[B or 1, 1, queries, keys] in the dtype of `like`: rows (or 0) where query offset + i may see key j, -inf elsewhere."""
     distance = (torch.arange(queries, device=like.device) + offset).unsqueeze(-1) - torch.arange(keys, device=like.device)
     visible = distance >= 0 if spec.causal else torch.ones_like(distance, dtype=torch.bool)
     if spec.window is not None:
         visible = visible & (distance <= spec.window)
-    bias = torch.zeros((1, 1, 1, keys), dtype=like.dtype, device=like.device) if rows is None else rows.to(like.dtype).clamp(min=hidden)
-    return bias.masked_fill(~visible, hidden)
+    bias = torch.zeros((1, 1, 1, keys), dtype=like.dtype, device=like.device) if rows is None else rows.to(like.dtype)
+    return bias.masked_fill(~visible, float("-inf"))
 
 
 def _filled(layer: DynamicLayer | StaticLayer, returned: int) -> torch.Tensor | None:

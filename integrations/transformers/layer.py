@@ -16,7 +16,7 @@ from torch import nn
 
 from ftops.block import Block, BlockSpec
 from ftops.integrations.transformers.arch import Arch, Unfit, follow
-from ftops.integrations.transformers.attention import SILENT, UNDERSTOOD, weights_requested
+from ftops.integrations.transformers.attention import INSTEAD, ROWS, SILENT, weights_requested
 from ftops.integrations.transformers.cache import attend, causal_bias, is_rows, unfit_cache
 from ftops.integrations.transformers.weights import assemble, check_parts, release
 
@@ -38,10 +38,13 @@ def examine(arch: Arch, layer: nn.Module) -> BlockSpec:
 
 
 class State:
-    """What a fused layer knows beside the original: its description, its block (None: `reason` says why) and its fallbacks."""
+    """What a fused layer knows beside the original: its description, its block (None: `reason` says why) and its fallbacks.
 
-    def __init__(self, arch: Arch, layer: nn.Module) -> None:
-        self.arch = arch
+    before: the attention implementation that the original uses when it serves a call.
+    """
+
+    def __init__(self, arch: Arch, layer: nn.Module, before: str) -> None:
+        self.arch, self.before = arch, before
         self.arguments = tuple(inspect.signature(type(layer).forward).parameters)[1:]
         self.fallbacks: Counter[str] = Counter()
         self.build(layer)
@@ -81,7 +84,7 @@ class State:
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         # The copied layer builds its own block once its parts are copied, in __setstate__.
         copy = object.__new__(State)
-        copy.arch, copy.arguments, copy.fallbacks, copy.block, copy.reason = self.arch, self.arguments, Counter(self.fallbacks), None, None
+        copy.arch, copy.before, copy.arguments, copy.fallbacks = self.arch, self.before, self.arguments, Counter(self.fallbacks)
         return copy
 
 
@@ -120,7 +123,7 @@ class FusedLayer:
         if weights_requested(given):
             return "attention weights"
         for name, value in given.items():
-            if value is not None and name not in SERVED:
+            if name not in SERVED and value is not None and value is not False:
                 return f"argument {name}"
         if x.dtype is not state.dtype or x.device != state.device:
             return f"hidden_states are {x.dtype} on {x.device.type}, weights {state.dtype} on {state.device.type}"
@@ -134,27 +137,27 @@ class FusedLayer:
 
     def _original(self, given: dict[str, Any]) -> Any:
         """The original layer's own forward, with a mask that it understands."""
-        arch = self._ftops.arch
-        mask = given.get("attention_mask")
-        if is_rows(mask):
-            given["attention_mask"] = self._whole_mask(given, mask)
-        if arch.uses_registry:
-            given[UNDERSTOOD] = True
+        state, mask = self._ftops, given.get("attention_mask")
+        if follow(self, state.arch.attention).config._attn_implementation == ROWS:
+            if is_rows(mask):
+                given["attention_mask"] = self._whole_mask(given, mask)
+            if state.arch.uses_registry:
+                given[INSTEAD] = state.before
         return super().forward(**given)
 
     def _whole_mask(self, given: dict[str, Any], rows: torch.Tensor | None) -> torch.Tensor | None:
-        """rows, causality and window as one additive mask; None where transformers' SDPA function needs none."""
-        state, x = self._ftops, given["hidden_states"]
-        spec = state.arch.spec(self)
-        cache, length = given.get(state.arch.cache), x.shape[1]
+        """rows, causality and window as one mask: bool for transformers' SDPA, None where that needs none, additive without registry."""
+        arch, x = self._ftops.arch, given["hidden_states"]
+        spec, attention = arch.spec(self), follow(self, arch.attention)
+        cache, length = given.get(arch.cache), x.shape[1]
         keys, first, offset = length, 0, 0
         if cache is not None:
-            index = follow(self, state.arch.attention).layer_idx
-            (keys, first), offset = cache.get_mask_sizes(length, index), cache.get_seq_length(index)
+            (keys, first), offset = cache.get_mask_sizes(length, attention.layer_idx), cache.get_seq_length(attention.layer_idx)
         alone = keys == length and (spec.window is None or length <= spec.window)
-        if rows is None and state.arch.uses_registry and not weights_requested(given) and (alone or not spec.causal):
+        if rows is None and arch.uses_registry and (alone or not spec.causal):
             return None
-        return causal_bias(spec, length, keys, offset - first, x, rows, hidden=torch.finfo(x.dtype).min)
+        bias = causal_bias(spec, length, keys, offset - first, x, rows)
+        return bias == 0 if arch.uses_registry else bias.clamp(min=torch.finfo(x.dtype).min)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`.to()` and the like give every parameter memory of its own, so the block is built anew."""
@@ -179,8 +182,8 @@ def _after_load(layer: FusedLayer, _: object) -> None:
     layer._ftops.build(layer)
 
 
-def swap_layer(arch: Arch, layer: nn.Module) -> None:
-    layer._ftops = State(arch, layer)
+def swap_layer(arch: Arch, layer: nn.Module, before: str) -> None:
+    layer._ftops = State(arch, layer, before)
     layer.register_load_state_dict_post_hook(_after_load)
     change_class(layer, fused_class(type(layer)))
 

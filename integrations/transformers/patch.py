@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ftops.integrations.transformers.arch import Arch, Unfit
 from ftops.integrations.transformers.archs import ARCHS
-from ftops.integrations.transformers.attention import ROWS, WHOLE, register
+from ftops.integrations.transformers.attention import ROWS, WHOLE, AttentionState, register
 from ftops.integrations.transformers.layer import FusedLayer, examine, restore_layer, swap_layer
 from ftops.integrations.transformers.leaves import FusedNorm, NormState, examine_norm, is_norm, restore_norm, swap_norm
 from ftops.report import Report, Row
@@ -94,7 +94,7 @@ def report(model: nn.Module) -> Report:
         elif isinstance(module, FusedNorm):
             rows.append(Row(path, kind, f"ops.{module._ftops.op}", "", _counts(module._ftops.fallbacks)))
         elif "_ftops_attention" in module.__dict__:
-            rows.append(Row(path, kind, REGISTRY, "", _counts(module._ftops_attention)))
+            rows.append(Row(path, kind, REGISTRY, "", _counts(module._ftops_attention.fallbacks)))
         elif path in kept:
             rows.append(Row(path, kind, None, kept[path].reason))
     return Report(type(model).__name__, families[0] if families else None, tuple(rows))
@@ -144,7 +144,7 @@ def plan(model: nn.Module) -> Plan:
     attention = []
     for path, owner in owners.items():
         group, before = groups[id(owner.config)], owner.config._attn_implementation
-        name, reason = group.attention(before, owner._supports_attention_backend)
+        name, reason = group.attention(before, owner._supports_attention_backend or owner._supports_sdpa)
         if name is not None:
             attention.append((path, name))
         for caller in group.callers:
@@ -165,14 +165,17 @@ def apply(model: nn.Module, plan: Plan) -> None:
             owner._ftops_before = owner.config._attn_implementation
         for path, name in plan.attention:
             model.get_submodule(path).config._attn_implementation_internal = name
+        owners = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
         for step in plan.steps:
             module = model.get_submodule(step.path)
+            owner = _owner(owners, step.path)
+            before = None if owner is None else owner.__dict__.get("_ftops_before", owner.config._attn_implementation)
             if isinstance(step.swap, Arch):
-                swap_layer(step.swap, module)
+                swap_layer(step.swap, module, before or "sdpa")
             elif isinstance(step.swap, NormState):
                 swap_norm(copy.deepcopy(step.swap), module)
             elif step.swap is not None:
-                module._ftops_attention = Counter()
+                module._ftops_attention = AttentionState(before or "sdpa")
         if plan.steps:
             model._ftops_plan = plan
         for module in model.modules():
