@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ftops.numba_kernels.compile import Spec
 
 KERNELS = (
+    "layer_norm",
     "rms_norm",
 )
 

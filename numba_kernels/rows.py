@@ -1,4 +1,7 @@
-"""Device helpers for kernels that walk the rows of a tensor: vector loads and stores as float32, activations, block reductions."""
+"""Device helpers for kernels that walk the rows of a tensor: 16-byte accesses, float32 values, sums over the threads of a row.
+
+Elements travel as 32-bit words: what was loaded keeps its own size in registers until it is used.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -13,117 +16,115 @@ ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_NAME = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
+def words_of(dtype: str, vec: int) -> int:
+    """32-bit registers that one access of `vec` elements fills."""
+    return max(1, vec * ITEM[dtype] // 4)
+
+
 def make_io(dtype: str, vec: int) -> tuple[Callable, Callable]:
-    """(load, store) of `vec` elements: load(address, values, at) fills values[at : at + vec] with float32, store writes them back.
+    """(load, store) of one access, `vec` elements: 16 bytes at an address that 16 divides, or one element.
 
-    vec elements are 2, 4, 8 or 16 bytes, at an address that they divide.
+    load(address, live, words, at) fills words[at:] where live, with zeros elsewhere; store(address, live, words, at) writes them where live.
     """
+    if vec * ITEM[dtype] == 16:
+        @cuda.jit(device=True, forceinline=True)
+        def load(address, live, words, at):
+            words[at], words[at + 1], words[at + 2], words[at + 3] = ptx.ld_global_128_if(address, live)
+
+        @cuda.jit(device=True, forceinline=True)
+        def store(address, live, words, at):
+            ptx.st_global_128_if(address, words[at], words[at + 1], words[at + 2], words[at + 3], live)
+    else:
+        fetch, put = (ptx.ld_global_32_if, ptx.st_global_32_if) if dtype == "float32" else (ptx.ld_global_16_if, ptx.st_global_16_if)
+
+        @cuda.jit(device=True, forceinline=True)
+        def load(address, live, words, at):
+            words[at] = fetch(address, live)
+
+        @cuda.jit(device=True, forceinline=True)
+        def store(address, live, words, at):
+            put(address, words[at], live)
+    return load, store
+
+
+def make_convert(dtype: str, vec: int) -> tuple[Callable, Callable]:
+    """(unpack, pack) of one access: unpack(words, at, values, to) gives `vec` float32, pack(values, at, words, to) rounds them back."""
     if dtype == "float32":
-        return _make_io_f32(vec)
+        @cuda.jit(device=True, forceinline=True)
+        def unpack(words, at, values, to):
+            for i in range(vec):
+                values[to + i] = ptx.bits_f32(words[at + i])
+
+        @cuda.jit(device=True, forceinline=True)
+        def pack(values, at, words, to):
+            for i in range(vec):
+                words[to + i] = ptx.f32_bits(values[at + i])
+        return unpack, pack
+
     low, high, pair = ptx.LOW[dtype], ptx.HIGH[dtype], ptx.PAIR[dtype]
-
     if vec == 1:
         @cuda.jit(device=True, forceinline=True)
-        def load(address, values, at):
-            values[at] = low(ptx.ld_global_16(address))
+        def unpack(words, at, values, to):
+            values[to] = low(words[at])
 
         @cuda.jit(device=True, forceinline=True)
-        def store(address, values, at):
-            ptx.st_global_16(address, pair(values[at], np.float32(0)))
-    elif vec == 2:
-        @cuda.jit(device=True, forceinline=True)
-        def load(address, values, at):
-            word = ptx.ld_global_32(address)
-            values[at], values[at + 1] = low(word), high(word)
-
-        @cuda.jit(device=True, forceinline=True)
-        def store(address, values, at):
-            ptx.st_global_32(address, pair(values[at], values[at + 1]))
-    elif vec == 4:
-        @cuda.jit(device=True, forceinline=True)
-        def load(address, values, at):
-            words = ptx.ld_global_64(address)
-            values[at], values[at + 1], values[at + 2], values[at + 3] = low(words[0]), high(words[0]), low(words[1]), high(words[1])
-
-        @cuda.jit(device=True, forceinline=True)
-        def store(address, values, at):
-            ptx.st_global_64(address, pair(values[at], values[at + 1]), pair(values[at + 2], values[at + 3]))
+        def pack(values, at, words, to):
+            words[to] = pair(values[at], np.float32(0))
     else:
         @cuda.jit(device=True, forceinline=True)
-        def load(address, values, at):
-            words = ptx.ld_global_128(address)
-            for i in range(4):
-                values[at + 2 * i], values[at + 2 * i + 1] = low(words[i]), high(words[i])
+        def unpack(words, at, values, to):
+            for i in range(vec // 2):
+                values[to + 2 * i], values[to + 2 * i + 1] = low(words[at + i]), high(words[at + i])
 
         @cuda.jit(device=True, forceinline=True)
-        def store(address, values, at):
-            ptx.st_global_128(address, pair(values[at], values[at + 1]), pair(values[at + 2], values[at + 3]),
-                              pair(values[at + 4], values[at + 5]), pair(values[at + 6], values[at + 7]))
-    return load, store
+        def pack(values, at, words, to):
+            for i in range(vec // 2):
+                words[to + i] = pair(values[at + 2 * i], values[at + 2 * i + 1])
+    return unpack, pack
 
 
-def _make_io_f32(vec: int) -> tuple[Callable, Callable]:
-    if vec == 1:
-        @cuda.jit(device=True, forceinline=True)
-        def load(address, values, at):
-            values[at] = ptx.ld_global_f32(address)
+def make_sum(threads: int) -> Callable:
+    """total(x): the sum of x over each `threads` neighbouring threads, given to all: 8, 32, or a block of 128, 256 or 512 (one barrier).
 
-        @cuda.jit(device=True, forceinline=True)
-        def store(address, values, at):
-            ptx.st_global_f32(address, values[at])
-    elif vec == 2:
-        @cuda.jit(device=True, forceinline=True)
-        def load(address, values, at):
-            words = ptx.ld_global_64(address)
-            values[at], values[at + 1] = ptx.bits_f32(words[0]), ptx.bits_f32(words[1])
-
-        @cuda.jit(device=True, forceinline=True)
-        def store(address, values, at):
-            ptx.st_global_64(address, ptx.f32_bits(values[at]), ptx.f32_bits(values[at + 1]))
-    else:
-        @cuda.jit(device=True, forceinline=True)
-        def load(address, values, at):
-            words = ptx.ld_global_128(address)
-            for i in range(4):
-                values[at + i] = ptx.bits_f32(words[i])
-
-        @cuda.jit(device=True, forceinline=True)
-        def store(address, values, at):
-            ptx.st_global_128(address, ptx.f32_bits(values[at]), ptx.f32_bits(values[at + 1]), ptx.f32_bits(values[at + 2]),
-                              ptx.f32_bits(values[at + 3]))
-    return load, store
-
-
-def make_block_sum(warps: int) -> Callable:
-    """block_sum(x): the sum of x over a block of `warps` warps, given to every thread. Two barriers."""
+    For one place in the kernel, passed once: what it keeps in shared memory is not guarded against a second pass.
+    """
+    warps = threads // 32
     x1, x2, x4, x8, x16 = (ptx.shuffle_xor[n] for n in (1, 2, 4, 8, 16))
 
     @cuda.jit(device=True, forceinline=True)
-    def warp_sum(x):
-        x += x16(x)
-        x += x8(x)
-        x += x4(x)
+    def four(x):
         x += x2(x)
         return x + x1(x)
 
-    if warps == 1:
-        return warp_sum
+    @cuda.jit(device=True, forceinline=True)
+    def eight(x):
+        return four(x + x4(x))
 
     @cuda.jit(device=True, forceinline=True)
-    def block_sum(x):
-        partial = cuda.shared.array(32, np.float32)
-        thread = np.int32(cuda.threadIdx.x)
-        x = warp_sum(x)
-        cuda.syncthreads()  # the values of an earlier call have been read
-        if thread & np.int32(31) == 0:
-            partial[thread >> np.int32(5)] = x
-        cuda.syncthreads()
-        total = np.float32(0)
-        for warp in range(warps):
-            total += partial[warp]
-        return total
+    def sixteen(x):
+        return eight(x + x8(x))
 
-    return block_sum
+    @cuda.jit(device=True, forceinline=True)
+    def warp(x):
+        return sixteen(x + x16(x))
+
+    if threads == 8:
+        return eight
+    if threads == 32:
+        return warp
+    over_warps = {4: four, 8: eight, 16: sixteen}[warps]
+
+    @cuda.jit(device=True, forceinline=True)
+    def block(x):
+        partial = cuda.shared.array(warps, np.float32)
+        thread = np.uint32(cuda.threadIdx.x)
+        x = warp(x)
+        if thread & np.uint32(31) == 0:
+            partial[thread >> np.uint32(5)] = x
+        cuda.syncthreads()
+        return over_warps(partial[thread & np.uint32(warps - 1)])
+
+    return block
 
 
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -148,9 +149,6 @@ def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return x.contiguous(), x.shape[-1]
 
 
-def widest(item: int, length: int, *multiples: int) -> int:
-    """How many elements of `item` bytes one access may take: at most 16 bytes, dividing `length` and every address and stride (bytes)."""
-    vec = 16 // item
-    while vec > 1 and (length % vec or any(m % (vec * item) for m in multiples)):
-        vec //= 2
-    return vec
+def widest(item: int, *multiples: int) -> int:
+    """Elements of `item` bytes an access takes: 16 bytes of them if 16 divides every address, length and stride (bytes), otherwise one."""
+    return 1 if any(m % 16 for m in multiples) else 16 // item
