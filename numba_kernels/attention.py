@@ -1,379 +1,112 @@
-"""attention and attention_varlen on tensor cores (sm_80 and up), float16 and bfloat16: FlashAttention-2 on mma.sync, cp.async and ldmatrix.
+"""attention and attention_varlen on the GPU: which kernel, copies of what it cannot read, and the launch.
 
     out_i = sum_j softmax_j(softcap(scale q_i . k_j) + bias_ij - slope |position_i - j|) v_j        position_i = Skv - Sq + i
-
-One block = 16 * row_tiles * warps query rows of one head; it walks the key tiles that its rows may see from the last to the first, so that
-only the first tile that it loads can be ragged. Causal, windows and lengths are integer bounds, compared on edge tiles alone.
-Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023.
 """
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import numpy as np
 import torch
-from numba import cuda
 
-from ftops.numba_kernels import ptx
+from ftops.numba_kernels import attention_mma, attention_plain
+from ftops.numba_kernels.attention_common import UNBOUNDED
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.flash import layout, make_fetch, make_hide, make_places, make_products, make_softmax
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.rows import DTYPE_NAME
 
-SIGNATURE = "ppppppppp" + "lllllllll" + "llll" + "iiiiiiiii" + "ff"
-HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256)
-UNBOUNDED = 1 << 30  # a window end beyond every key; positions +- it stay within int32
-LOG2E = np.float32(1.4426950408889634)
-
-
-@dataclass(frozen=True)
-class Config:
-    """head_dim: padded; extras: softcap, bias, ALiBi or a scale that is not positive; row_tiles: 16-row tiles a warp; keys: rows of a key
-    tile, a power of two; stages: 2 = K and V tiles double buffered, 1 = V loads under Q K^T and K under P V; q_registers: Q's fragments
-    are kept, not reread from shared memory; blocks: resident blocks a multiprocessor that registers must allow.
-    """
-
-    dtype: str
-    head_dim: int
-    extras: bool
-    warps: int
-    row_tiles: int
-    keys: int
-    stages: int
-    q_registers: bool
-    blocks: int
-
-    @property
-    def rows(self) -> int:
-        return 16 * self.row_tiles * self.warps
-
-    @property
-    def shared_bytes(self) -> int:
-        return 2 * self.head_dim * (self.rows + 2 * self.stages * self.keys)
-
-
-def pick(dtype: str, head_dim: int, extras: bool) -> Config:
-    """32 rows a warp wherever the output fits the registers, since an ldmatrix of K or V then feeds four mma, not two, and shared memory
-    keeps up with the tensor cores. At most 99 KiB of shared memory, all that sm_86, sm_89 and sm_120 have.
-    """
-    warps, row_tiles, keys, stages, q_registers, blocks = _TILES[head_dim]
-    return Config(dtype, head_dim, extras, warps, row_tiles, keys, stages, q_registers, blocks)
-
-
-_TILES = {
-    32: (4, 2, 64, 2, True, 3),
-    64: (4, 2, 64, 2, True, 3),
-    80: (4, 2, 64, 1, True, 2),
-    96: (4, 2, 64, 1, False, 2),
-    128: (4, 2, 64, 1, False, 2),
-    160: (4, 2, 32, 2, False, 2),
-    192: (4, 1, 64, 1, False, 2),
-    256: (4, 1, 64, 1, False, 2),
-}
-
-
-def make(config: Config) -> Callable:
-    head_dim, keys, row_tiles, warps, rows = config.head_dim, config.keys, config.row_tiles, config.warps, config.rows
-    extras, double, q_registers = config.extras, config.stages == 2, config.q_registers
-    shape = layout(head_dim)
-    pitch, places = shape.pitch, shape.places
-    q_bytes, tile_bytes = np.uint32(rows * pitch), np.uint32(keys * pitch)
-    v_offset = np.uint32(rows * pitch + config.stages * keys * pitch)
-    score_size, out_size, halves = row_tiles * keys // 2, row_tiles * head_dim // 2, 2 * row_tiles
-    total_size = 4 * row_tiles
-    q_size = row_tiles * head_dim // 4 if q_registers else 1
-    lanes = shape.mask + 1
-    columns = head_dim // 8 // lanes
-    row_step = 32 * warps // lanes
-    fetch_q_place, fetch_sizes, fetch_q = make_fetch(head_dim, rows, 32 * warps)
-    fetch_place, _, fetch = make_fetch(head_dim, keys, 32 * warps)
-    row_places, key_places = make_places(head_dim)
-    load_q, scores, accumulate = make_products(config.dtype, head_dim, keys, row_tiles, q_registers)
-    softmax, finish = make_softmax(head_dim, keys, row_tiles)
-    hide = make_hide(keys, row_tiles)
-    shape_scores = make_shape_scores(config.dtype, keys, row_tiles)
-    store = make_store(config.dtype, head_dim, row_tiles)
-
-    def attention(q_gl, k_gl, v_gl, out_gl, bias_gl, alibi_gl, lengths_gl, starts_q_gl, starts_kv_gl,
-                  q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bias_batch, bias_head, bias_row, bias_key,
-                  queries, keys_there, heads, group, dim, tiles, left, right, bias_wide, scale, softcap):
-        base = ptx.shared_address(cuda.shared.array(0, np.uint8))
-        batch = ptx.div_u32(np.uint32(cuda.blockIdx.x), np.uint32(tiles))
-        tile = np.int32(tiles - np.int32(1) - np.int32(np.uint32(cuda.blockIdx.x) - batch * np.uint32(tiles)))
-        head = np.uint32(cuda.blockIdx.y)
-        kv_head = np.uint64(ptx.div_u32(head, np.uint32(group)))
-        out_row = np.uint64(batch) * np.uint64(queries)
-        if starts_q_gl != np.uint64(0):
-            at = np.uint64(4) * np.uint64(batch)
-            start_q, start_kv = np.uint64(ptx.ld_global_32(starts_q_gl + at)), np.uint64(ptx.ld_global_32(starts_kv_gl + at))
-            queries = np.int32(np.uint64(ptx.ld_global_32(starts_q_gl + at + np.uint64(4))) - start_q)
-            keys_there = np.int32(np.uint64(ptx.ld_global_32(starts_kv_gl + at + np.uint64(4))) - start_kv)
-            out_row = start_q
-            q_gl += start_q * np.uint64(q_row)
-            k_gl += start_kv * np.uint64(k_row)
-            v_gl += start_kv * np.uint64(v_row)
-        else:
-            q_gl += np.uint64(batch) * np.uint64(q_batch)
-            k_gl += np.uint64(batch) * np.uint64(k_batch)
-            v_gl += np.uint64(batch) * np.uint64(v_batch)
-        first_row = np.int32(tile * np.int32(rows))
-        if first_row >= queries:
-            return
-        limit = keys_there
-        if lengths_gl != np.uint64(0):
-            limit = np.int32(min(limit, np.int32(ptx.ld_global_32(lengths_gl + np.uint64(4) * np.uint64(batch)))))
-
-        # Positions of the block's first and last row, and the tiles of the keys [begin, end) that any of its rows sees.
-        position = np.int32(keys_there - queries + first_row)
-        last_position = np.int32(keys_there - queries + min(first_row + np.int32(rows), queries) - np.int32(1))
-        begin = np.int32(max(position - left, np.int32(0)))
-        end = np.int32(min(limit, last_position + right + np.int32(1)))
-        last_key = np.int32(begin & np.int32(-keys))
-        key = np.int32((end - np.int32(1)) & np.int32(-keys)) if end > begin else np.int32(-1)
-        whole_end = np.int32(min(limit, position + right + np.int32(1)))
-        whole_begin = np.int32(last_position - left)
-
-        warp_row = np.int32(np.int32(cuda.threadIdx.x) >> np.int32(5)) * np.int32(16 * row_tiles)
-        own_q = np.uint32(base + np.uint32(warp_row) * np.uint32(pitch))
-        out = cuda.local.array(out_size, np.float32)
-        score = cuda.local.array(score_size, np.float32)
-        q_reg = cuda.local.array(q_size, np.uint32)
-        top = cuda.local.array(halves, np.float32)
-        total = cuda.local.array(total_size, np.float32)
-        sizes = cuda.local.array(columns, np.uint32)
-        q_at = cuda.local.array(places, np.uint32)
-        k_at = cuda.local.array(places, np.uint32)
-        v_at = cuda.local.array(places, np.uint32)
-        for i in range(out_size):
-            out[i] = np.float32(0)
-        for h in range(halves):
-            top[h] = np.float32(-np.inf)
-        for i in range(total_size):
-            total[i] = np.float32(0)
-
-        if key >= last_key:
-            factor = np.float32(1) if extras else scale * LOG2E
-            slope = np.float32(0)
-            if extras:
-                bias_gl += np.uint64(batch) * np.uint64(bias_batch) + np.uint64(head) * np.uint64(bias_head)
-                if alibi_gl != np.uint64(0):
-                    slope = ptx.ld_global_f32(alibi_gl + np.uint64(4) * np.uint64(head))
-            fetch_sizes(sizes, dim)
-            row, byte, place = fetch_q_place()
-            q_from = q_gl + np.uint64(head) * np.uint64(q_head) + np.uint64(np.uint32(first_row) + row) * np.uint64(q_row) + np.uint64(byte)
-            fetch_q(base + place, q_from, np.uint64(q_row) * np.uint64(row_step), sizes, queries - first_row)
-            row, byte, place = fetch_place()
-            k_to, v_to = np.uint32(base + place + q_bytes), np.uint32(base + place + v_offset)
-            row = np.uint64(np.uint32(key) + row)
-            k_from = k_gl + kv_head * np.uint64(k_head) + row * np.uint64(k_row) + np.uint64(byte)
-            v_from = v_gl + kv_head * np.uint64(v_head) + row * np.uint64(v_row) + np.uint64(byte)
-            k_step, v_step = np.uint64(k_row) * np.uint64(row_step), np.uint64(v_row) * np.uint64(row_step)
-            k_from = fetch(k_to, k_from, k_step, sizes, np.int32(limit - key))
-            if double:
-                v_from = fetch(v_to, v_from, v_step, sizes, np.int32(limit - key))
-            ptx.cp_async_commit()
-            row_places(q_at, own_q)
-            key_places(k_at, base + q_bytes)
-            row_places(v_at, base + v_offset)
-            if q_registers:
-                ptx.cp_async_wait_0()
-                cuda.syncthreads()
-                load_q(q_reg, q_at)
-            buffer = np.uint32(0)
-            while key >= last_key:
-                more = key > last_key
-                ptx.cp_async_wait_0()
-                cuda.syncthreads()
-                if double:
-                    if more:
-                        k_from = fetch(k_to + (buffer ^ tile_bytes), k_from, k_step, sizes, np.int32(keys))
-                        v_from = fetch(v_to + (buffer ^ tile_bytes), v_from, v_step, sizes, np.int32(keys))
-                else:
-                    v_from = fetch(v_to, v_from, v_step, sizes, np.int32(limit - key))
-                ptx.cp_async_commit()
-                scores(score, q_reg, q_at, k_at, buffer)
-                if not double:
-                    ptx.cp_async_wait_0()
-                    cuda.syncthreads()
-                    if more:
-                        k_from = fetch(k_to, k_from, k_step, sizes, np.int32(keys))
-                    ptx.cp_async_commit()
-                if extras:
-                    shape_scores(score, key, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_key, bias_wide, slope)
-                if key + np.int32(keys) > whole_end or key < whole_begin:
-                    hide(score, key, position, left, right, limit)
-                softmax(score, out, top, total, factor)
-                accumulate(out, total, score, v_at, buffer)
-                key -= np.int32(keys)
-                if double:
-                    buffer ^= tile_bytes
-        finish(out, total)
-        out_row = (out_row + np.uint64(first_row + warp_row)) * np.uint64(heads) + np.uint64(head)
-        store(out, own_q, out_gl + out_row * np.uint64(2 * dim), np.uint64(heads) * np.uint64(2 * dim), np.int32(queries - first_row - warp_row), dim)
-
-    return attention
-
-
-def make_shape_scores(dtype: str, keys: int, row_tiles: int) -> Callable:
-    """score := log2(e) * (softcap(scale * score) + bias - slope * |distance|), each part if it is asked for."""
-    halves, tiles = 2 * row_tiles, keys // 8
-    widen = ptx.LOW[dtype]
-
-    @cuda.jit(device=True, forceinline=True)
-    def shape_scores(score, first, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_key, bias_wide, slope):
-        thread = np.int32(ptx.here(np.uint32(cuda.threadIdx.x)))
-        column = np.int32(first + np.int32(2) * (thread & np.int32(3)))
-        row = np.int32(first_row + (thread >> np.int32(5)) * np.int32(16 * row_tiles) + ((thread & np.int32(31)) >> np.int32(2)))
-        for i in range(halves * tiles * 2):
-            score[i] *= scale
-        if softcap > np.float32(0):
-            # c tanh(x / c) = c - 2 c / (1 + exp(2 x / c)): tanh.approx is 2^-11 off, 0.02 in a score near Gemma's cap of 50.
-            double = np.float32(2) * softcap
-            inner = np.float32(2) * LOG2E * ptx.reciprocal(softcap)
-            for i in range(halves * tiles * 2):
-                score[i] = softcap - double * ptx.reciprocal(np.float32(1) + ptx.exp2(score[i] * inner))
-        if bias_gl != np.uint64(0):
-            for h in range(halves):
-                at = (h // 2) * tiles * 4 + 2 * (h % 2)
-                # Rows and keys past the end read the last one: they are hidden or not stored.
-                row_gl = bias_gl + np.uint64(min(row + np.int32(8 * h), queries - np.int32(1))) * np.uint64(bias_row)
-                for j in range(tiles):
-                    for e in range(2):
-                        key = np.uint64(min(column + np.int32(8 * j + e), keys_there - np.int32(1)))
-                        if bias_wide:
-                            score[at + 4 * j + e] += ptx.ld_global_f32(row_gl + key * np.uint64(bias_key))
-                        else:
-                            score[at + 4 * j + e] += widen(ptx.ld_global_16(row_gl + key * np.uint64(bias_key)))
-        if slope != np.float32(0):
-            for h in range(halves):
-                at = (h // 2) * tiles * 4 + 2 * (h % 2)
-                distance = np.float32(np.int32(column - (keys_there - queries + row + np.int32(8 * h))))
-                for j in range(tiles):
-                    score[at + 4 * j] -= slope * abs(distance + np.float32(8 * j))
-                    score[at + 4 * j + 1] -= slope * abs(distance + np.float32(8 * j + 1))
-        for i in range(halves * tiles * 2):
-            score[i] *= LOG2E
-
-    return shape_scores
-
-
-def make_store(dtype: str, head_dim: int, row_tiles: int) -> Callable:
-    """store(out, own_sh, out_gl, step, left, dim): a warp's rows, rounded, to memory `step` bytes apart, the first `left` of them.
-
-    They pass through the warp's own part of Q's tile, so that memory is written 16 bytes a lane and whole sectors at a time.
-    """
-    shape = layout(head_dim)
-    pitch, shift, mask, lanes = np.uint32(shape.pitch), np.uint32(shape.shift), np.uint32(shape.mask), shape.mask + 1
-    columns, out_tiles = head_dim // 8 // lanes, head_dim // 8
-    row_step = 32 // lanes
-    passes = 16 * row_tiles // row_step
-    pair = ptx.PAIR[dtype]
-
-    @cuda.jit(device=True, forceinline=True)
-    def store(out, own_sh, out_gl, step, left, dim):
-        lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
-        row = np.uint32(lane >> np.uint32(2))
-        swizzle = (row >> shift) & mask
-        place = np.uint32(own_sh + row * pitch + np.uint32(4) * (lane & np.uint32(3)))
-        for r in range(row_tiles):
-            for j in range(out_tiles):
-                at = (r * out_tiles + j) * 4
-                to = np.uint32(place + np.uint32(16 * r) * pitch + ((np.uint32(j) ^ swizzle) << np.uint32(4)))
-                ptx.st_shared_32(to, pair(out[at], out[at + 1]))
-                ptx.st_shared_32(to + np.uint32(8) * pitch, pair(out[at + 2], out[at + 3]))
-        cuda.syncwarp()
-        for p in range(passes):
-            row = np.uint32(lane // np.uint32(lanes) + np.uint32(p * row_step))
-            swizzle = (row >> shift) & mask
-            for column in range(columns):
-                chunk = np.uint32(lane % np.uint32(lanes) + np.uint32(column * lanes))
-                if np.int32(row) < left and np.int32(8) * np.int32(chunk) < dim:
-                    w0, w1, w2, w3 = ptx.ld_shared_128(own_sh + row * pitch + ((chunk ^ swizzle) << np.uint32(4)))
-                    ptx.st_global_128(out_gl + np.uint64(row) * step + np.uint64(np.uint32(16) * chunk), w0, w1, w2, w3)
-
-    return store
-
-
-def spec(config: Config) -> Spec:
-    return Spec(make, config, SIGNATURE, threads=32 * config.warps, shared_bytes=config.shared_bytes, min_blocks=config.blocks)
+NO_BIAS = (0, 0, 0, 0)
 
 
 def variants() -> Iterator[Spec]:
-    """Every variant that `pick` can give."""
-    for dtype in ("float16", "bfloat16"):
-        for head_dim in HEAD_DIMS:
-            for extras in (False, True):
-                yield spec(pick(dtype, head_dim, extras))
+    """Every variant that `launch` can ask for."""
+    yield from attention_mma.variants()
+    yield from attention_plain.variants()
 
 
 @functools.cache
 def _kernel(dtype: torch.dtype, dim: int, extras: bool, device: int) -> tuple[Kernel, int]:
-    config = pick(DTYPE_NAME[dtype], next(d for d in HEAD_DIMS if d >= dim), extras)
-    return load(spec(config), device), config.rows
+    """The kernel and how many query rows one of its blocks takes."""
+    name = DTYPE_NAME[dtype]
+    if name == "float32" or torch.cuda.get_device_capability(device) < (8, 0):
+        return load(attention_plain.spec(attention_plain.pick(name, dim)), device), attention_plain.ROWS * attention_plain.WARPS
+    config = attention_mma.pick(name, next(d for d in attention_mma.HEAD_DIMS if d >= dim), extras)
+    return load(attention_mma.spec(config), device), config.rows
 
 
 def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, window_left: int, window_right: int, softcap: float,
            bias: torch.Tensor | None, alibi_slopes: torch.Tensor | None, kv_lengths: torch.Tensor | None) -> torch.Tensor:
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.contiguous()
-    if kv_lengths is not None:
-        kv_lengths = kv_lengths.contiguous()
-    strides = (0, 0, 0, 0) if bias is None else [step * bias.element_size() for step in bias.stride()]
-    return _launch(q, k, v, q.shape[0], q.shape[1], k.shape[1], causal, scale, window_left, window_right, softcap, bias, strides, alibi_slopes,
-                   kv_lengths, None, None)
+    bias_strides = NO_BIAS if bias is None else tuple(step * bias.element_size() for step in bias.stride())
+    return _launch(q, k, v, q.shape[0], q.shape[1], k.shape[1], causal, scale, window_left, window_right, softcap, bias, bias_strides,
+                   alibi_slopes, kv_lengths, None, None)
 
 
 def launch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor,
                   max_seqlen_q: int, max_seqlen_kv: int, causal: bool, scale: float, window_left: int, window_right: int, softcap: float,
                   alibi_slopes: torch.Tensor | None) -> torch.Tensor:
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.contiguous()
     return _launch(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_kv, causal, scale,
-                   window_left, window_right, softcap, None, (0, 0, 0, 0), alibi_slopes, None, cu_seqlens_q.contiguous(),
-                   cu_seqlens_kv.contiguous()).squeeze(0)
+                   window_left, window_right, softcap, None, NO_BIAS, alibi_slopes, None, cu_seqlens_q, cu_seqlens_kv).squeeze(0)
 
 
 def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int, queries: int, keys: int, causal: bool, scale: float, left: int,
             right: int, softcap: float, bias: torch.Tensor | None, bias_strides: tuple[int, ...], alibi_slopes: torch.Tensor | None,
             lengths: torch.Tensor | None, starts_q: torch.Tensor | None, starts_kv: torch.Tensor | None) -> torch.Tensor:
     """starts_q and starts_kv: `batch` sequences lie end to end in row 0 of q, k and v."""
-    heads, dim = q.shape[2], q.shape[3]
-    if dim % 8:
-        padded = [_readable(t) for t in (q, k, v)]
-        return _launch(*padded, batch, queries, keys, causal, scale, left, right, softcap, bias, bias_strides, alibi_slopes, lengths, starts_q,
+    _, _, heads, dim = q.shape
+    item = q.element_size()
+    if dim * item % 16:
+        q, k, v = (_padded(t, 16 // item) for t in (q, k, v))
+        return _launch(q, k, v, batch, queries, keys, causal, scale, left, right, softcap, bias, bias_strides, alibi_slopes, lengths, starts_q,
                        starts_kv)[..., :dim].contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or batch == 0 or queries == 0:
         return out
     if k.numel() == 0:
         return out.zero_()
-    q, k, v = _readable(q), _readable(k), _readable(v)
-    if causal:
-        right = 0
+    q_batch, q_row, q_head, q_last = q.stride()
+    k_batch, k_row, k_head, k_last = k.stride()
+    v_batch, v_row, v_head, v_last = v.stride()
+    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if not (q_last == k_last == v_last == 1) or (
+            (q_batch | q_row | q_head | k_batch | k_row | k_head | v_batch | v_row | v_head) * item | q_at | k_at | v_at) & 15:
+        q, k, v = (_dense(t) for t in (q, k, v))
+        return _launch(q, k, v, batch, queries, keys, causal, scale, left, right, softcap, bias, bias_strides, alibi_slopes, lengths, starts_q,
+                       starts_kv)
+    if starts_q is not None:
+        q_batch = k_batch = v_batch = 0
+    alibi_slopes, lengths, starts_q, starts_kv = _flat(alibi_slopes), _flat(lengths), _flat(starts_q), _flat(starts_kv)
     left = left if 0 <= left < UNBOUNDED else UNBOUNDED
-    right = right if 0 <= right < UNBOUNDED else UNBOUNDED
+    right = 0 if causal else right if 0 <= right < UNBOUNDED else UNBOUNDED
     extras = softcap > 0 or bias is not None or alibi_slopes is not None or scale <= 0
     kernel, rows = _kernel(q.dtype, dim, extras, q.device.index)
     tiles = -(-queries // rows)
-    q_batch, q_row, q_head, _ = q.stride()
-    k_batch, k_row, k_head, _ = k.stride()
-    v_batch, v_row, v_head, _ = v.stride()
-    kernel(tiles * batch, heads, 1, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr(),
-           0 if alibi_slopes is None else alibi_slopes.data_ptr(), 0 if lengths is None else lengths.data_ptr(),
-           0 if starts_q is None else starts_q.data_ptr(), 0 if starts_kv is None else starts_kv.data_ptr(),
-           2 * q_batch, 2 * q_row, 2 * q_head, 2 * k_batch, 2 * k_row, 2 * k_head, 2 * v_batch, 2 * v_row, 2 * v_head, *bias_strides,
-           queries, keys, heads, heads // k.shape[2], dim, tiles, left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
+    kernel(tiles * batch, heads, 1, q_at, k_at, v_at, out.data_ptr(), 0 if bias is None else bias.data_ptr(), _address(alibi_slopes),
+           _address(lengths), _address(starts_q), _address(starts_kv), q_batch * item, q_row * item, q_head * item, k_batch * item, k_row * item,
+           k_head * item, v_batch * item, v_row * item, v_head * item, *bias_strides, queries, keys, heads, heads // k.shape[2], dim, tiles,
+           left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
     return out
 
 
-def _readable(t: torch.Tensor) -> torch.Tensor:
-    """t, or a copy that 16-byte copies can read: dense and padded with zeros to a head_dim of whole 16 bytes, every row on 16 bytes."""
-    batch, row, head, last = t.stride()
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _flat(t: torch.Tensor | None) -> torch.Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def _padded(t: torch.Tensor, unit: int) -> torch.Tensor:
+    """A dense copy whose head_dim is filled with zeros up to whole 16 bytes, the kernels' unit."""
     dim = t.shape[3]
-    if last == 1 and not (dim | batch | row | head) & 7 and not t.data_ptr() & 15:
-        return t
-    copy = t.new_zeros((*t.shape[:3], dim + 7 & ~7)) if dim & 7 else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    copy = t.new_zeros((*t.shape[:3], -(-dim // unit) * unit))
     copy[..., :dim] = t
     return copy
+
+
+def _dense(t: torch.Tensor) -> torch.Tensor:
+    """t, or a dense copy of what the kernels' 16-byte reads cannot take: a strided head_dim, or rows that do not begin on 16 bytes."""
+    batch, row, head, last = t.stride()
+    item = t.element_size()
+    if last == 1 and not ((batch | row | head) * item | t.data_ptr()) & 15:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,294 @@
+"""attention and attention_varlen on tensor cores (sm_80 and up), float16 and bfloat16: FlashAttention-2 on mma.sync, cp.async and ldmatrix.
+
+One block = 16 * row_tiles * warps query rows of one head; it walks the key tiles that its rows may see from the last to the first, so that
+only the first tile that it loads can be ragged. Causal, windows and lengths are integer bounds, compared on edge tiles alone.
+Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numba import cuda
+
+from ftops.numba_kernels import ptx
+from ftops.numba_kernels.attention_common import SIGNATURE, make_locate
+from ftops.numba_kernels.compile import Spec
+from ftops.numba_kernels.flash import MINUS_INFINITY, layout, make_fetch, make_hide, make_places, make_products, make_softmax
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256)
+LOG2E = np.float32(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class Config:
+    """head_dim: padded; extras: softcap, bias, ALiBi or a scale that is not positive; row_tiles: 16-row tiles a warp; keys: rows of a key
+    tile, a power of two; stages: 2 = K and V tiles double buffered, 1 = V loads under Q K^T and K under P V; q_registers: Q's fragments
+    are kept, not reread from shared memory; blocks: resident blocks a multiprocessor that registers must allow.
+    """
+
+    dtype: str
+    head_dim: int
+    extras: bool
+    warps: int
+    row_tiles: int
+    keys: int
+    stages: int
+    q_registers: bool
+    blocks: int
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.row_tiles * self.warps
+
+    @property
+    def shared_bytes(self) -> int:
+        return 2 * self.head_dim * (self.rows + 2 * self.stages * self.keys)
+
+
+def pick(dtype: str, head_dim: int, extras: bool) -> Config:
+    """32 rows a warp wherever the output fits the registers, since an ldmatrix of K or V then feeds four mma, not two, and shared memory
+    keeps up with the tensor cores. At most 99 KiB of shared memory, all that sm_86, sm_89 and sm_120 have.
+    """
+    warps, row_tiles, keys, stages, q_registers, blocks = _TILES[head_dim]
+    return Config(dtype, head_dim, extras, warps, row_tiles, keys, stages, q_registers, blocks)
+
+
+_TILES = {
+    32: (4, 2, 64, 2, True, 3),
+    64: (4, 2, 64, 2, True, 3),
+    80: (4, 2, 64, 1, True, 2),
+    96: (4, 2, 64, 1, False, 2),
+    128: (4, 2, 64, 1, False, 2),
+    160: (4, 2, 32, 2, False, 2),
+    192: (4, 1, 64, 1, False, 2),
+    256: (4, 1, 64, 1, False, 2),
+}
+
+
+def make(config: Config) -> Callable:
+    head_dim, keys, row_tiles, warps, rows = config.head_dim, config.keys, config.row_tiles, config.warps, config.rows
+    extras, double, q_registers = config.extras, config.stages == 2, config.q_registers
+    shape = layout(head_dim)
+    pitch, places = shape.pitch, shape.places
+    q_bytes, tile_bytes = np.uint32(rows * pitch), np.uint32(keys * pitch)
+    v_offset = np.uint32(rows * pitch + config.stages * keys * pitch)
+    score_size, out_size, halves = row_tiles * keys // 2, row_tiles * head_dim // 2, 2 * row_tiles
+    total_size = 4 * row_tiles
+    q_size = row_tiles * head_dim // 4 if q_registers else 1
+    lanes = shape.mask + 1
+    columns = head_dim // 8 // lanes
+    row_step = 32 * warps // lanes
+    fetch_q_place, fetch_sizes, fetch_q = make_fetch(head_dim, rows, 32 * warps)
+    fetch_place, _, fetch = make_fetch(head_dim, keys, 32 * warps)
+    row_places, key_places = make_places(head_dim)
+    load_q, scores, accumulate = make_products(config.dtype, head_dim, keys, row_tiles, q_registers)
+    softmax, finish = make_softmax(head_dim, keys, row_tiles)
+    hide = make_hide(keys, row_tiles)
+    shape_scores = make_shape_scores(config.dtype, keys, row_tiles)
+    locate = make_locate(rows)
+    store = make_store(config.dtype, head_dim, row_tiles)
+
+    def attention_mma(q_gl, k_gl, v_gl, out_gl, bias_gl, alibi_gl, lengths_gl, starts_q_gl, starts_kv_gl,
+                      q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bias_batch, bias_head, bias_row, bias_key,
+                      queries, keys_there, heads, group, dim, tiles, left, right, bias_wide, scale, softcap):
+        base = ptx.shared_address(cuda.shared.array(0, np.uint8))
+        all_queries = queries
+        batch, first_row, queries, keys_there, start_q, start_kv, limit, position, begin, end = locate(
+            queries, keys_there, tiles, left, right, lengths_gl, starts_q_gl, starts_kv_gl)
+        if first_row >= queries:
+            return
+        head = np.uint64(cuda.blockIdx.y)
+        kv_head = np.uint64(ptx.div_u32(np.uint32(head), np.uint32(group)))
+        q_gl += np.uint64(batch) * np.uint64(q_batch) + np.uint64(start_q) * np.uint64(q_row) + head * np.uint64(q_head)
+        k_gl += np.uint64(batch) * np.uint64(k_batch) + np.uint64(start_kv) * np.uint64(k_row) + kv_head * np.uint64(k_head)
+        v_gl += np.uint64(batch) * np.uint64(v_batch) + np.uint64(start_kv) * np.uint64(v_row) + kv_head * np.uint64(v_head)
+        out_row = np.uint64(start_q)
+        if starts_q_gl == np.uint64(0):
+            out_row += np.uint64(batch) * np.uint64(all_queries)
+
+        # Tiles from the one of key end - 1 down to that of begin; those within [whole_begin, whole_end) are seen whole by every row.
+        last_key = np.int32(begin & np.int32(-keys))
+        key = np.int32((end - np.int32(1)) & np.int32(-keys)) if end > begin else np.int32(-1)
+        whole_begin = np.int32(position + min(np.int32(rows), np.int32(queries - first_row)) - np.int32(1) - left)
+        whole_end = np.int32(min(limit, position + right + np.int32(1)))
+
+        warp_row = np.int32(np.int32(cuda.threadIdx.x) >> np.int32(5)) * np.int32(16 * row_tiles)
+        own_q = np.uint32(base + np.uint32(warp_row) * np.uint32(pitch))
+        out = cuda.local.array(out_size, np.float32)
+        score = cuda.local.array(score_size, np.float32)
+        q_reg = cuda.local.array(q_size, np.uint32)
+        top = cuda.local.array(halves, np.float32)
+        total = cuda.local.array(total_size, np.float32)
+        sizes = cuda.local.array(columns, np.uint32)
+        q_at = cuda.local.array(places, np.uint32)
+        k_at = cuda.local.array(places, np.uint32)
+        v_at = cuda.local.array(places, np.uint32)
+        for i in range(out_size):
+            out[i] = np.float32(0)
+        for h in range(halves):
+            top[h] = np.float32(-np.inf)
+        for i in range(total_size):
+            total[i] = np.float32(0)
+
+        if key >= last_key:
+            factor = np.float32(1) if extras else scale * LOG2E
+            slope = np.float32(0)
+            if extras:
+                bias_gl += np.uint64(batch) * np.uint64(bias_batch) + head * np.uint64(bias_head)
+                if alibi_gl != np.uint64(0):
+                    slope = LOG2E * ptx.ld_global_f32(alibi_gl + np.uint64(4) * head)
+            fetch_sizes(sizes, dim)
+            row, byte, place = fetch_q_place()
+            q_from = q_gl + np.uint64(np.uint32(first_row) + row) * np.uint64(q_row) + np.uint64(byte)
+            fetch_q(base + place, q_from, np.uint64(q_row) * np.uint64(row_step), sizes, queries - first_row)
+            row, byte, place = fetch_place()
+            k_to, v_to = np.uint32(base + place + q_bytes), np.uint32(base + place + v_offset)
+            row = np.uint64(np.uint32(key) + row)
+            k_from = k_gl + row * np.uint64(k_row) + np.uint64(byte)
+            v_from = v_gl + row * np.uint64(v_row) + np.uint64(byte)
+            k_step, v_step = np.uint64(k_row) * np.uint64(row_step), np.uint64(v_row) * np.uint64(row_step)
+            k_from = fetch(k_to, k_from, k_step, sizes, np.int32(limit - key))
+            if double:
+                v_from = fetch(v_to, v_from, v_step, sizes, np.int32(limit - key))
+            ptx.cp_async_commit()
+            row_places(q_at, own_q)
+            key_places(k_at, base + q_bytes)
+            row_places(v_at, base + v_offset)
+            if q_registers:
+                ptx.cp_async_wait_0()
+                cuda.syncthreads()
+                load_q(q_reg, q_at)
+            buffer = np.uint32(0)
+            while key >= last_key:
+                more = key > last_key
+                ptx.cp_async_wait_0()
+                cuda.syncthreads()
+                if double:
+                    if more:
+                        k_from = fetch(k_to + (buffer ^ tile_bytes), k_from, k_step, sizes, np.int32(keys))
+                        v_from = fetch(v_to + (buffer ^ tile_bytes), v_from, v_step, sizes, np.int32(keys))
+                else:
+                    v_from = fetch(v_to, v_from, v_step, sizes, np.int32(limit - key))
+                ptx.cp_async_commit()
+                scores(score, q_reg, q_at, k_at, buffer)
+                if not double:
+                    ptx.cp_async_wait_0()
+                    cuda.syncthreads()
+                    if more:
+                        k_from = fetch(k_to, k_from, k_step, sizes, np.int32(keys))
+                    ptx.cp_async_commit()
+                if extras:
+                    shape_scores(score, key, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_key, bias_wide, slope)
+                if key + np.int32(keys) > whole_end or key < whole_begin:
+                    hide(score, key, position, left, right, limit)
+                softmax(score, out, top, total, factor)
+                accumulate(out, total, score, v_at, buffer)
+                key -= np.int32(keys)
+                if double:
+                    buffer ^= tile_bytes
+        finish(out, total)
+        out_row = (out_row + np.uint64(first_row + warp_row)) * np.uint64(heads) + head
+        store(out, own_q, out_gl + out_row * np.uint64(2 * dim), np.uint64(heads) * np.uint64(2 * dim), np.int32(queries - first_row - warp_row), dim)
+
+    return attention_mma
+
+
+def make_shape_scores(dtype: str, keys: int, row_tiles: int) -> Callable:
+    """score := log2(e) * (softcap(scale * score) + bias) - slope * |distance|, each part if it is asked for; slope comes with log2(e) in it."""
+    halves, tiles = 2 * row_tiles, keys // 8
+    widen = ptx.LOW[dtype]
+
+    @cuda.jit(device=True, forceinline=True)
+    def in_log2(bias):
+        """A finite bias, however low, keeps its key: a row of nothing but the dtype's minimum attends evenly."""
+        return bias if bias == MINUS_INFINITY else ptx.maximum(bias * LOG2E, np.float32(-1e29))
+
+    @cuda.jit(device=True, forceinline=True)
+    def shape_scores(score, first, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_key, bias_wide, slope):
+        thread = np.int32(ptx.here(np.uint32(cuda.threadIdx.x)))
+        column = np.int32(first + np.int32(2) * (thread & np.int32(3)))
+        row = np.int32(first_row + (thread >> np.int32(5)) * np.int32(16 * row_tiles) + ((thread & np.int32(31)) >> np.int32(2)))
+        if softcap > np.float32(0):
+            # c tanh(s / c) = c - 2 c / (1 + exp(2 s / c)): tanh.approx is 2^-11 off, 0.02 in a score near Gemma's cap of 50.
+            cap, inner = softcap * LOG2E, np.float32(2) * LOG2E * scale * ptx.reciprocal(softcap)
+            for i in range(halves * tiles * 2):
+                score[i] = cap - np.float32(2) * cap * ptx.reciprocal(np.float32(1) + ptx.exp2(score[i] * inner))
+        else:
+            for i in range(halves * tiles * 2):
+                score[i] *= scale * LOG2E
+        if bias_gl != np.uint64(0):
+            key_step = np.uint64(bias_key)
+            for h in range(halves):
+                at = (h // 2) * tiles * 4 + 2 * (h % 2)
+                # Keys from `there` on do not exist, and none does in a row past the end.
+                there = keys_there - column if row + np.int32(8 * h) < queries else np.int32(0)
+                key_gl = bias_gl + np.uint64(row + np.int32(8 * h)) * np.uint64(bias_row) + np.uint64(column) * key_step
+                for j in range(tiles):
+                    first_there, second_there = np.uint32(np.int32(8 * j) < there), np.uint32(np.int32(8 * j + 1) < there)
+                    if bias_wide:
+                        score[at + 4 * j] += in_log2(ptx.bits_f32(ptx.ld_global_32_if(key_gl, first_there)))
+                        score[at + 4 * j + 1] += in_log2(ptx.bits_f32(ptx.ld_global_32_if(key_gl + key_step, second_there)))
+                    else:
+                        score[at + 4 * j] += in_log2(widen(ptx.ld_global_16_if(key_gl, first_there)))
+                        score[at + 4 * j + 1] += in_log2(widen(ptx.ld_global_16_if(key_gl + key_step, second_there)))
+                    key_gl += np.uint64(8) * key_step
+        if slope != np.float32(0):
+            for h in range(halves):
+                at = (h // 2) * tiles * 4 + 2 * (h % 2)
+                distance = np.float32(np.int32(column - (keys_there - queries + row + np.int32(8 * h))))
+                for j in range(tiles):
+                    score[at + 4 * j] -= slope * abs(distance + np.float32(8 * j))
+                    score[at + 4 * j + 1] -= slope * abs(distance + np.float32(8 * j + 1))
+
+    return shape_scores
+
+
+def make_store(dtype: str, head_dim: int, row_tiles: int) -> Callable:
+    """store(out, own_sh, out_gl, step, left, dim): a warp's rows, rounded, to memory `step` bytes apart, the first `left` of them.
+
+    They pass through the warp's own part of Q's tile, so that memory is written 16 bytes a lane and whole sectors at a time.
+    """
+    shape = layout(head_dim)
+    pitch, shift, mask, lanes = np.uint32(shape.pitch), np.uint32(shape.shift), np.uint32(shape.mask), shape.mask + 1
+    columns, out_tiles = head_dim // 8 // lanes, head_dim // 8
+    row_step = 32 // lanes
+    passes = 16 * row_tiles // row_step
+    pair = ptx.PAIR[dtype]
+
+    @cuda.jit(device=True, forceinline=True)
+    def store(out, own_sh, out_gl, step, left, dim):
+        lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
+        row = np.uint32(lane >> np.uint32(2))
+        swizzle = (row >> shift) & mask
+        place = np.uint32(own_sh + row * pitch + np.uint32(4) * (lane & np.uint32(3)))
+        for r in range(row_tiles):
+            for j in range(out_tiles):
+                at = (r * out_tiles + j) * 4
+                to = np.uint32(place + np.uint32(16 * r) * pitch + ((np.uint32(j) ^ swizzle) << np.uint32(4)))
+                ptx.st_shared_32(to, pair(out[at], out[at + 1]))
+                ptx.st_shared_32(to + np.uint32(8) * pitch, pair(out[at + 2], out[at + 3]))
+        cuda.syncwarp()
+        for p in range(passes):
+            row = np.uint32(lane // np.uint32(lanes) + np.uint32(p * row_step))
+            swizzle = (row >> shift) & mask
+            for column in range(columns):
+                chunk = np.uint32(lane % np.uint32(lanes) + np.uint32(column * lanes))
+                if np.int32(row) < left and np.int32(8) * np.int32(chunk) < dim:
+                    w0, w1, w2, w3 = ptx.ld_shared_128(own_sh + row * pitch + ((chunk ^ swizzle) << np.uint32(4)))
+                    ptx.st_global_128(out_gl + np.uint64(row) * step + np.uint64(np.uint32(16) * chunk), w0, w1, w2, w3)
+
+    return store
+
+
+def spec(config: Config) -> Spec:
+    return Spec(make, config, SIGNATURE, threads=32 * config.warps, shared_bytes=config.shared_bytes, min_blocks=config.blocks)
+
+
+def variants() -> Iterator[Spec]:
+    """Every variant that `pick` can give."""
+    for dtype in ("float16", "bfloat16"):
+        for head_dim in HEAD_DIMS:
+            for extras in (False, True):
+                yield spec(pick(dtype, head_dim, extras))
