@@ -40,15 +40,16 @@ def make_widen(cache: str) -> tuple[Callable, Callable]:
 
 @cuda.jit(device=True, forceinline=True)
 def e4m3_from_f32(x):
-    """The byte of a float32 that is at most 448 in size, rounded to nearest even; NaN stays NaN."""
+    """The byte of a float32 rounded to nearest even and clipped to +-448; NaN stays NaN."""
     bits = ptx.f32_bits(x)
     size = bits & np.uint32(0x7FFFFFFF)
     byte = np.uint32(0x7F)
-    if size < np.uint32(121 << 23):  # below 2 ** -6, where e4m3 has no leading one: an addition rounds at 2 ** -9
-        byte = ptx.f32_bits(ptx.bits_f32(size) + np.float32(16384.0)) - np.uint32(0x46800000)
-    elif size <= np.uint32(0x7F800000):
+    if size <= np.uint32(0x7F800000):
+        size = min(size, np.uint32(0x43E00000))
         odd = (size >> np.uint32(20)) & np.uint32(1)
         byte = (size - np.uint32(120 << 23) + np.uint32(0x7FFFF) + odd) >> np.uint32(20)
+        if size < np.uint32(121 << 23):  # below 2 ** -6, where e4m3 has no leading one: an addition rounds at 2 ** -9
+            byte = ptx.f32_bits(ptx.bits_f32(size) + np.float32(16384.0)) - np.uint32(0x46800000)
     return np.uint32(byte) | ((bits >> np.uint32(24)) & np.uint32(0x80))
 
 
@@ -56,3 +57,26 @@ def e4m3_from_f32(x):
 def int8_from_f32(x):
     """The byte of a float32 rounded to nearest even and clipped to +-127."""
     return ptx.round_i32(ptx.maximum(ptx.minimum(x, np.float32(127)), np.float32(-127))) & np.uint32(0xFF)
+
+
+def make_narrow(cache: str, vec: int) -> Callable:
+    """narrow(address, values): `vec` (8, 4 or 1) float32 values as bytes at an address that vec divides."""
+    byte = int8_from_f32 if cache == "int8" else e4m3_from_f32
+
+    @cuda.jit(device=True, forceinline=True)
+    def word(values, at):
+        return byte(values[at]) | byte(values[at + 1]) << np.uint32(8) | byte(values[at + 2]) << np.uint32(16) | byte(values[at + 3]) << np.uint32(24)
+
+    @cuda.jit(device=True, forceinline=True)
+    def narrow_8(address, values):
+        ptx.st_global_64(address, word(values, 0), word(values, 4))
+
+    @cuda.jit(device=True, forceinline=True)
+    def narrow_4(address, values):
+        ptx.st_global_32(address, word(values, 0))
+
+    @cuda.jit(device=True, forceinline=True)
+    def narrow_1(address, values):
+        ptx.st_global_8(address, byte(values[0]))
+
+    return {8: narrow_8, 4: narrow_4, 1: narrow_1}[vec]
