@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from ftops.numba_kernels.compile import Spec
 
 KERNELS = (
+    "bias_activation",
+    "gated_activation",
     "layer_norm",
     "rms_norm",
 )

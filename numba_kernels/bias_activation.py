@@ -1,0 +1,83 @@
+"""bias_activation on the GPU: y = act(x + bias), x[rows, length] of any row stride. See elementwise.py.
+
+Floor: (read of x + write of y) / copy bandwidth; the bias comes from L2.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numba import cuda
+
+from ftops.numba_kernels.activation import FORMS, make_activate
+from ftops.numba_kernels.compile import Spec
+from ftops.numba_kernels.elementwise import THREADS, Config, blocks, configs, make_place, pick, tiling
+from ftops.numba_kernels.launch import Kernel, load
+from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, rows_of, widest, words_of
+
+ROWS = 4  # of a thread
+
+
+def make(config: Config) -> Callable:
+    vec, item, each = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec)
+    kept = ROWS * each
+    fetch, store = make_io(config.dtype, vec)
+    unpack, pack = make_convert(config.dtype, vec)
+    place, activate = make_place(vec, ROWS), make_activate(vec)
+
+    def bias_activation(x_gl, bias_gl, y_gl, x_stride, rows, length, shift, tiles, form, linear, cubic):
+        row, column, apart = place(shift, tiles)
+        inside = column < length
+        words = cuda.local.array(kept, np.uint32)
+        biases = cuda.local.array(each, np.uint32)
+        values = cuda.local.array(vec, np.float32)
+        shifts = cuda.local.array(vec, np.float32)
+        for i in range(ROWS):
+            at = row + i * apart
+            fetch(x_gl + np.uint64((at * x_stride + column) * item), inside and at < rows, words, i * each)
+        fetch(bias_gl + np.uint64(column * item), inside and bias_gl != np.uint64(0), biases, 0)
+        unpack(biases, 0, shifts, 0)
+        for i in range(ROWS):
+            at = row + i * apart
+            unpack(words, i * each, values, 0)
+            for j in range(vec):
+                values[j] += shifts[j]
+            activate(values, form, linear, cubic)
+            pack(values, 0, words, i * each)
+            store(y_gl + np.uint64((at * length + column) * item), inside and at < rows, words, i * each)
+
+    return bias_activation
+
+
+def spec(config: Config) -> Spec:
+    return Spec(make, config, "pppllluuiff", THREADS, min_blocks=4)
+
+
+def variants() -> Iterator[Spec]:
+    """Every variant that `pick` can give."""
+    return map(spec, configs())
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, length: int, vec: int, device: int) -> tuple[Kernel, int, int]:
+    return load(spec(pick(DTYPE_NAME[dtype], vec)), device), *tiling(length, vec)
+
+
+def launch(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
+    length = x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    x, stride = rows_of(x)
+    bias_at = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_at = bias.data_ptr()
+    item, x_at = x.element_size(), x.data_ptr()
+    vec = widest(item, length * item, stride * item, x_at | bias_at)
+    kernel, shift, tiles = _kernel(x.dtype, length, vec, x.device.index)
+    rows = x.numel() // length
+    kernel(blocks(rows, shift, tiles, ROWS), 1, 1, x_at, bias_at, y.data_ptr(), stride, rows, length, shift, tiles, *FORMS[kind])
+    return y

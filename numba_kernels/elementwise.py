@@ -1,0 +1,66 @@
+"""A block's tile of a matrix, for kernels that compute every element from its own row and column.
+
+The 256 threads of a block are `width` columns (of 16-byte accesses) by 256 / width rows; each takes the same column of `each` such row
+groups, so that it loads a bias once, has `each` rows on their way at once, and no thread divides for every access.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numba import cuda
+
+from ftops.numba_kernels import ptx
+from ftops.numba_kernels.rows import ITEM
+
+THREADS = 256
+COALESCED = 8  # threads of a row, if it is that long: 128 bytes, a cache line
+
+
+@dataclass(frozen=True)
+class Config:
+    """dtype; vec: elements an access, 16 bytes of them or one."""
+
+    dtype: str
+    vec: int
+
+
+@functools.cache
+def pick(dtype: str, vec: int) -> Config:
+    return Config(dtype, vec)
+
+
+def configs() -> Iterator[Config]:
+    """Every Config that `pick` can give."""
+    for dtype, item in ITEM.items():
+        yield from (pick(dtype, 16 // item), pick(dtype, 1))
+
+
+@functools.cache
+def tiling(length: int, vec: int) -> tuple[int, int]:
+    """(log2 of `width`, tiles a row): the widest tile that leaves at most an eighth of the threads of a row idle, else the least idle one."""
+    accesses = -(-length // vec)
+    widths = [1 << shift for shift in range(THREADS.bit_length()) if 1 << shift >= min(COALESCED, accesses)]
+    used = {width: accesses / (-(-accesses // width) * width) for width in widths}
+    width = max((w for w in widths if used[w] >= 0.875), default=max(widths, key=lambda w: used[w]))
+    return width.bit_length() - 1, -(-accesses // width)
+
+
+def blocks(rows: int, shift: int, tiles: int, each: int) -> int:
+    """Blocks that cover `rows` rows of `tiles` tiles."""
+    return -(-rows // (each * (THREADS >> shift))) * tiles
+
+
+def make_place(vec: int, each: int) -> Callable:
+    """place(shift, tiles) -> (first row, column, rows between a thread's rows): row and column are int64, of elements."""
+    @cuda.jit(device=True, forceinline=True)
+    def place(shift, tiles):
+        thread, block = np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockIdx.x)
+        group = ptx.div_u32(block, tiles)
+        apart = np.uint32(THREADS) >> shift
+        row = np.int64(group) * np.int64(apart * np.uint32(each)) + np.int64(thread >> shift)
+        column = (np.int64(block - group * tiles) << np.int64(shift)) + np.int64(thread & ((np.uint32(1) << shift) - np.uint32(1)))
+        return row, column * np.int64(vec), np.int64(apart)
+    return place

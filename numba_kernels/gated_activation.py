@@ -1,0 +1,80 @@
+"""gated_activation on the GPU: y = act(x[..., :I]) * x[..., I:], x[rows, 2 I] of any row stride. See elementwise.py.
+
+Floor: (read of x + write of y) / copy bandwidth.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numba import cuda
+
+from ftops.numba_kernels.activation import FORMS, make_activate
+from ftops.numba_kernels.compile import Spec
+from ftops.numba_kernels.elementwise import THREADS, Config, blocks, configs, make_place, pick, tiling
+from ftops.numba_kernels.launch import Kernel, load
+from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, rows_of, widest, words_of
+
+ROWS = 2  # of a thread: four loads on their way
+
+
+def make(config: Config) -> Callable:
+    vec, item, each = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec)
+    kept = ROWS * each
+    fetch, store = make_io(config.dtype, vec)
+    unpack, pack = make_convert(config.dtype, vec)
+    place, activate = make_place(vec, ROWS), make_activate(vec)
+
+    def gated_activation(x_gl, y_gl, x_stride, rows, length, shift, tiles, form, linear, cubic):
+        row, column, apart = place(shift, tiles)
+        inside = column < length
+        gates = cuda.local.array(kept, np.uint32)
+        ups = cuda.local.array(kept, np.uint32)
+        values = cuda.local.array(vec, np.float32)
+        factors = cuda.local.array(vec, np.float32)
+        for i in range(ROWS):
+            at = row + i * apart
+            gate_at = x_gl + np.uint64((at * x_stride + column) * item)
+            fetch(gate_at, inside and at < rows, gates, i * each)
+            fetch(gate_at + np.uint64(length * item), inside and at < rows, ups, i * each)
+        for i in range(ROWS):
+            at = row + i * apart
+            unpack(gates, i * each, values, 0)
+            activate(values, form, linear, cubic)
+            unpack(ups, i * each, factors, 0)
+            for j in range(vec):
+                values[j] *= factors[j]
+            pack(values, 0, gates, i * each)
+            store(y_gl + np.uint64((at * length + column) * item), inside and at < rows, gates, i * each)
+
+    return gated_activation
+
+
+def spec(config: Config) -> Spec:
+    return Spec(make, config, "ppllluuiff", THREADS, min_blocks=4)
+
+
+def variants() -> Iterator[Spec]:
+    """Every variant that `pick` can give."""
+    return map(spec, configs())
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, length: int, vec: int, device: int) -> tuple[Kernel, int, int]:
+    return load(spec(pick(DTYPE_NAME[dtype], vec)), device), *tiling(length, vec)
+
+
+def launch(x: torch.Tensor, kind: str) -> torch.Tensor:
+    length = x.shape[-1] // 2
+    y = torch.empty((*x.shape[:-1], length), dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    x, stride = rows_of(x)
+    item, x_at = x.element_size(), x.data_ptr()
+    vec = widest(item, length * item, stride * item, x_at)
+    kernel, shift, tiles = _kernel(x.dtype, length, vec, x.device.index)
+    rows = y.numel() // length
+    kernel(blocks(rows, shift, tiles, ROWS), 1, 1, x_at, y.data_ptr(), stride, rows, length, shift, tiles, *FORMS[kind])
+    return y
