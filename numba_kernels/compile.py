@@ -32,10 +32,10 @@ _LOCK = threading.Lock()
 class Spec:
     """A kernel to be: `make(config)` returns the Python function, the rest is how it is compiled and launched.
 
-    signature: one letter a parameter: p = pointer, i = int32, u = uint32, l = int64, f = float32. threads: of a block, the launch bound.
-    shared_bytes: dynamic shared memory, up to 227 KiB. min_blocks: resident blocks per multiprocessor that registers must allow.
-    cluster: blocks of a cluster (sm_90 and up). dependent: programmatic dependent launch. spills: bytes of spills that are known, and why
-    beside the Config.
+    signature: one letter a parameter: p = pointer, i = int32, u = uint32, l = int64, f = float32, t = tensor map (128 bytes, first of all).
+    threads: of a block, the launch bound. shared_bytes: dynamic shared memory, up to 227 KiB. min_blocks: resident blocks per
+    multiprocessor that registers must allow. cluster: blocks of a cluster (sm_90 and up). dependent: programmatic dependent launch.
+    spills: bytes of spills that are known, and why beside the Config. only: the one architecture whose instructions it uses, if it is for one.
     """
 
     make: Callable[[Any], Callable]
@@ -47,6 +47,7 @@ class Spec:
     cluster: int = 1
     dependent: bool = False
     spills: int = 0
+    only: str | None = None
 
     @property
     def name(self) -> str:
@@ -88,7 +89,8 @@ def compile_spec(spec: Spec, arch: str) -> Cubin:
     except ImportError as error:
         raise RuntimeError(f"compiling {spec.name}: {error}; the CUDA compiler libraries are missing, pip install \"ftops[cu13]\" "
                            "(or [cu12] for a CUDA 12 driver)") from error
-    letters = {"p": types.uint64, "i": types.int32, "u": types.uint32, "l": types.int64, "f": types.float32}
+    letters = {"p": types.uint64, "i": types.int32, "u": types.uint32, "l": types.int64, "f": types.float32,
+               "t": types.CPointer(types.UniTuple(types.uint64, 16))}
     capability = re.fullmatch(r"sm_(\d+)(\d)([af]?)", arch).groups()
     cc = (int(capability[0]), int(capability[1]), *([capability[2]] if capability[2] else []))
     with _LOCK:

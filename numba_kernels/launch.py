@@ -13,7 +13,7 @@ import torch
 
 from ftops.numba_kernels.compile import Spec, cubin
 
-_FORMATS = {"p": "Q", "i": "i", "u": "I", "l": "q", "f": "f"}
+_FORMATS = {"p": "Q", "i": "i", "u": "I", "l": "q", "f": "f", "t": "128s"}
 _LOCK = threading.Lock()
 
 

@@ -1,0 +1,32 @@
+"""Tensor maps: what the bulk tensor copy engine of Hopper (TMA) must know of a tensor. A kernel takes them as parameters of letter t."""
+from __future__ import annotations
+
+import functools
+
+import torch
+
+_LIMIT = 1 << 40  # of a stride, in bytes
+
+
+@functools.lru_cache(maxsize=4096)
+def tiles(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes | None:
+    """The 128 bytes of a map of 16-bit elements that copies boxes, innermost dimension first, into shared memory in 128-byte rows, swizzled.
+
+    strides, in elements, belong to all dimensions but the innermost, which is dense. Out of bounds reads give zeros. None where TMA cannot read
+    such a tensor: an address or a stride that is not a multiple of 16 bytes. Cached, since encoding costs the host several microseconds.
+    """
+    from cuda.bindings import driver
+    kind = driver.CUtensorMapDataType
+    # A dimension of size 1 may come with any stride; none is taken, so one that is valid serves.
+    steps = [2 * step if size > 1 else 16 for step, size in zip(strides, shape[1:], strict=True)]
+    if address % 16 or any(step % 16 or not 0 <= step < _LIMIT for step in steps):
+        return None
+    status, made = driver.cuTensorMapEncodeTiled(
+        kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype is torch.bfloat16 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, len(shape), address,
+        [driver.cuuint64_t(size) for size in shape], [driver.cuuint64_t(step) for step in steps], [driver.cuuint32_t(size) for size in box],
+        [driver.cuuint32_t(1)] * len(shape), driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B, driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"tensor map of {shape}, strides {strides}, box {box}: {status!r}")
+    return b"".join(int(word).to_bytes(8, "little") for word in made.opaque)
