@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ftops.numba_kernels.compile import Spec
 
 KERNELS = (
+    "attention",
     "bias_activation",
     "gated_activation",
     "layer_norm",
@@ -16,7 +17,12 @@ KERNELS = (
 )
 
 
+def variants_of(name: str) -> Iterator[Spec]:
+    """Every variant of kernel `name`; a kernel may be made of several files."""
+    return import_module(f"ftops.numba_kernels.{name}").variants()
+
+
 def variants() -> Iterator[Spec]:
     """Every variant of every kernel, for the compile tests and for compiling ahead."""
     for name in KERNELS:
-        yield from import_module(f"ftops.numba_kernels.{name}").variants()
+        yield from variants_of(name)

@@ -51,19 +51,25 @@ def pick(dtype: str, head_dim: int, extras: bool) -> Config:
     """32 rows a warp wherever the output fits the registers, since an ldmatrix of K or V then feeds four mma, not two, and shared memory
     keeps up with the tensor cores. At most 99 KiB of shared memory, all that sm_86, sm_89 and sm_120 have.
     """
-    warps, row_tiles, keys, stages, q_registers, blocks = _TILES[head_dim]
-    return Config(dtype, head_dim, extras, warps, row_tiles, keys, stages, q_registers, blocks)
+    return Config(dtype, head_dim, extras, *(_EXTRA_TILES if extras and head_dim in _EXTRA_TILES else _TILES)[head_dim])
 
 
+# warps, row_tiles, keys, stages, q_registers, blocks
 _TILES = {
     32: (4, 2, 64, 2, True, 3),
-    64: (4, 2, 64, 2, True, 3),
+    64: (4, 2, 64, 2, True, 2),
     80: (4, 2, 64, 1, True, 2),
     96: (4, 2, 64, 1, False, 2),
     128: (4, 2, 64, 1, False, 2),
-    160: (4, 2, 32, 2, False, 2),
+    160: (4, 1, 64, 1, False, 2),
     192: (4, 1, 64, 1, False, 2),
     256: (4, 1, 64, 1, False, 2),
+}
+# What extras need beside the scores does not fit the registers there.
+_EXTRA_TILES = {
+    32: (4, 2, 64, 2, True, 2),
+    80: (4, 2, 64, 1, False, 2),
+    128: (4, 2, 32, 2, False, 2),
 }
 
 

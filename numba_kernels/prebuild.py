@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from ftops.numba_kernels import KERNELS, variants
+from ftops.numba_kernels import KERNELS, variants_of
 from ftops.numba_kernels.compile import Cubin, Spec, cubin
 
 
@@ -25,7 +25,7 @@ def complaints(spec: Spec, made: Cubin) -> str:
 
 def build_kernel(name: str, index: int, arch: str) -> tuple[str, int, str]:
     """Compiles variant `index` of kernel `name`; (name of the variant, registers, what is wrong). Specs do not travel between processes."""
-    spec = [s for s in variants() if s.make.__module__.endswith(f".{name}")][index]
+    spec = list(variants_of(name))[index]
     made = cubin(spec, arch)
     return spec.name, made.registers, complaints(spec, made)
 

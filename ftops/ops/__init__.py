@@ -29,7 +29,7 @@ def op_module(name: str) -> ModuleType:
 def kernel_file(name: str) -> str | None:
     """The file that serves op `name` on a GPU, relative to its package's folder, or None where there is none."""
     from ftops import numba_kernels
-    file = Path(numba_kernels.__file__).with_name(f"{name}.py")
+    file = Path(numba_kernels.__file__).with_name(f"{getattr(op_module(name), 'KERNEL', name)}.py")
     return f"{file.parent.name}/{file.name}" if file.is_file() else None
 
 

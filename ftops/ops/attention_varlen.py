@@ -15,6 +15,8 @@ from ftops.ops.attention import check_heads, check_options, check_window
 from ftops.ops.attention import reference as attention_reference
 from ftops.samples import integers, randn
 
+KERNEL = "attention"  # its file serves both ops
+
 
 def _each(attend: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor,
           max_seqlen_q: int, max_seqlen_kv: int, causal: bool, scale: float, window_left: int, window_right: int, softcap: float,
