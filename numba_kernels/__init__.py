@@ -14,6 +14,7 @@ KERNELS = (
     "gated_activation",
     "layer_norm",
     "rms_norm",
+    "rotary",
 )
 
 

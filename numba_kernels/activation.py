@@ -1,8 +1,8 @@
 """Activations on the GPU, float32: silu, gelu, gelu_tanh, relu and quick_gelu from three device functions.
 
-silu, gelu_tanh and quick_gelu are x * sigmoid(z) with z = x * (linear + cubic * x^2); which is meant travels as two numbers, so that a kernel
-is compiled once for all kinds. gelu is max(x, 0) - |x| * Phi(-|x|): no cancellation, and more exact than x / 2 * (1 + erf(x / sqrt 2))
-(largest error 2.4e-7 against PyTorch's 9.6e-7 over 10^6 normal x).
+silu, gelu_tanh and quick_gelu are x * sigmoid(z) with z = x * (linear + cubic * x^2); which is meant travels as two numbers, so that a
+kernel is compiled once for all kinds. gelu is max(x, 0) - |x| * Phi(-|x|): no cancellation, and more exact than
+x / 2 * (1 + erf(x / sqrt 2)) (largest error 2.4e-7 against PyTorch's 9.6e-7 over 10^6 normal x).
 """
 from __future__ import annotations
 

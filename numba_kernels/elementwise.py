@@ -40,7 +40,7 @@ def configs() -> Iterator[Config]:
 
 @functools.cache
 def tiling(length: int, vec: int) -> tuple[int, int]:
-    """(log2 of `width`, tiles a row): the widest tile that leaves at most an eighth of the threads of a row idle, else the least idle one."""
+    """(log2 of `width`, tiles a row): the widest tile that leaves at most an eighth of the threads idle, else the least idle one."""
     accesses = -(-length // vec)
     widths = [1 << shift for shift in range(THREADS.bit_length()) if 1 << shift >= min(COALESCED, accesses)]
     used = {width: accesses / (-(-accesses // width) * width) for width in widths}

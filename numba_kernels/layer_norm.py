@@ -1,6 +1,7 @@
 """layer_norm on the GPU: y = (s - mean(s)) * rsqrt(var(s) + eps) * weight + bias, s = x + residual rounded to the dtype.
 
-A group of threads a row, see row_tile.py. The variance is that of the centred values, from the registers: s * s would lose rows far from zero.
+A group of threads a row, see row_tile.py. The variance is that of the centred values, from the registers: s * s would lose rows far
+from zero.
 Floor: (reads of x and residual + writes of y and s) / copy bandwidth.
 """
 from __future__ import annotations
@@ -94,7 +95,8 @@ def make(config: Config) -> Callable:
         if reread:
             for done in range(0, left, tile):
                 ahead = np.uint64(done * item)
-                gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, sum_at + ahead, left - done, words)
+                gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, sum_at + ahead, left - done,
+                       words)
                 mean += add_up(words)
             mean = total(mean) * over_length
             for done in range(0, left, tile):
@@ -117,8 +119,8 @@ def make(config: Config) -> Callable:
             for done in range(0, left, tile):
                 ahead = np.uint64(done * item)
                 gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, np.uint64(0), left - done, words)
-                scatter(y_at + ahead, weight_at + ahead, weight_left - done, bias_at + ahead, bias_left - done, left - done, words, mean, rest,
-                        scale, unit)
+                scatter(y_at + ahead, weight_at + ahead, weight_left - done, bias_at + ahead, bias_left - done, left - done, words,
+                        mean, rest, scale, unit)
         else:
             scatter(y_at, weight_at, weight_left, bias_at, bias_left, left, words, mean, rest, scale, unit)
 
@@ -165,6 +167,6 @@ def launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor 
     vec = widest(item, length * item, x_at | weight_at | bias_at | residual_at, (x_stride | residual_stride) * item)
     kernel, rows_a_block = _kernel(x.dtype, length, vec, x.device.index)
     rows = x.numel() // length
-    kernel(-(-rows // rows_a_block), 1, 1, x_at, residual_at, weight_at, bias_at, y.data_ptr(), total_at, x_stride, residual_stride, rows, length,
-           eps, 1.0 if weight is None else 0.0)
+    kernel(-(-rows // rows_a_block), 1, 1, x_at, residual_at, weight_at, bias_at, y.data_ptr(), total_at, x_stride, residual_stride,
+           rows, length, eps, 1.0 if weight is None else 0.0)
     return y, total

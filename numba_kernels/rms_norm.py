@@ -71,7 +71,8 @@ def make(config: Config) -> Callable:
         if reread:
             for done in range(0, left, tile):
                 ahead = np.uint64(done * item)
-                gather(x_at + ahead, residual_at + ahead if residual_at != np.uint64(0) else residual_at, sum_at + ahead, left - done, words)
+                gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, sum_at + ahead, left - done,
+                       words)
                 square += squares(words)
         else:
             if rows <= FEW_ROWS:
@@ -83,7 +84,7 @@ def make(config: Config) -> Callable:
         if reread:
             for done in range(0, left, tile):
                 ahead = np.uint64(done * item)
-                gather(x_at + ahead, residual_at + ahead if residual_at != np.uint64(0) else residual_at, np.uint64(0), left - done, words)
+                gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, np.uint64(0), left - done, words)
                 fetch(weight_at + ahead, left - done, weights)
                 scatter(y_at + ahead, left - done, words, weights, scale, offset)
         else:
@@ -128,5 +129,6 @@ def launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
     vec = widest(item, length * item, x_at | weight_at | residual_at, (x_stride | residual_stride) * item)
     kernel, rows_a_block = _kernel(x.dtype, length, vec, x.device.index)
     rows = x.numel() // length
-    kernel(-(-rows // rows_a_block), 1, 1, x_at, residual_at, weight_at, y_at, total_at, x_stride, residual_stride, rows, length, eps, offset)
+    kernel(-(-rows // rows_a_block), 1, 1, x_at, residual_at, weight_at, y_at, total_at, x_stride, residual_stride, rows, length,
+           eps, offset)
     return y, total

@@ -51,7 +51,9 @@ def configs() -> Iterator[Config]:
 
 
 def make_tile(config: Config) -> tuple[Callable, Callable, Callable, Callable]:
-    """(place, fetch, gather, prefetch). place() -> (row in the block, element in the row) of a thread's first access; the others follow `step` apart.
+    """(place, fetch, gather, prefetch) of a tile.
+
+    place() -> (row in the block, element in the row) of a thread's first access; the others follow `step` apart.
 
     fetch(address, left, words) loads the thread's accesses from `address`; beyond `left` elements there is nothing, and the words are 0.
     gather(x_at, residual_at, sum_at, left, words) loads x, adds the residual if residual_at is not 0, rounds, and writes the sum if sum_at

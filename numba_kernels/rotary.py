@@ -1,0 +1,236 @@
+"""Rotary embedding on the GPU: pairs (x0, x1) of every head turn to (x0 cos - x1 sin, x1 cos + x0 sin); q and k in one launch.
+
+A thread owns one unit, two accesses of `vec` elements, of HEADS heads of one token: the pairs of `vec` angles, whose cosines it has once
+for all these heads, or beyond rotary_dim two accesses to pass on. The heads of q and of k are counted through.
+Floor: (reads of q and k + writes of the two) / copy bandwidth; cosines come from L2.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numba import cuda
+
+from ftops.numba_kernels import ptx
+from ftops.numba_kernels.compile import Spec
+from ftops.numba_kernels.launch import Kernel, load
+from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, widest, words_of
+
+THREADS = 128
+HEADS = 4  # of a thread: eight loads on their way
+WIDE, WIDE_FLOAT32, STEP, STEP_FLOAT32 = range(4)  # how a table is read: 16 bytes or one element at a time, q's dtype or float32
+_PER_PI = np.float32(1 / np.pi)
+_PER_PI_REST = np.float32(1 / np.pi - float(_PER_PI))
+
+
+@dataclass(frozen=True)
+class Config:
+    """dtype; vec: elements an access, 16 bytes of them or one; interleaved: pairs are neighbours, else half of rotary_dim apart."""
+
+    dtype: str
+    vec: int
+    interleaved: bool
+
+
+@functools.cache
+def pick(dtype: str, vec: int, interleaved: bool) -> Config:
+    return Config(dtype, vec, interleaved)
+
+
+@cuda.jit(device=True, forceinline=True)
+def cos_sin(angle):
+    """cos and sin of a float32 angle in radians, 1e-7 for |angle| < 2^24: reduced to an eighth of a turn in two floats, no table."""
+    halves = angle * _PER_PI
+    quarter = np.int32(ptx.round_i32(halves + halves))
+    t = ptx.fma(np.float32(-0.5), np.float32(quarter), halves) + ptx.fma(angle, _PER_PI_REST, ptx.fma(angle, _PER_PI, -halves))
+    # Least largest error on [-1/4, 1/4] of cos(pi t) and sin(pi t); N. Juffa's coefficients.
+    square = t * t
+    c = ptx.fma(np.float32(0.23132324), square, np.float32(-1.3350220))
+    c = ptx.fma(c, square, np.float32(4.0586989))
+    c = ptx.fma(c, square, np.float32(-4.9348021))
+    c = ptx.fma(c, square, np.float32(1))
+    s = ptx.fma(np.float32(-0.59570312), square, np.float32(2.5503993))
+    s = ptx.fma(s, square, np.float32(-5.1677242))
+    s = ptx.fma(t, np.float32(np.pi), t * square * s)
+    if quarter & np.int32(1):
+        c, s = s, c
+    if (quarter + np.int32(1)) & np.int32(2):
+        c = -c
+    if quarter & np.int32(2):
+        s = -s
+    return c, s
+
+
+def make_table(config: Config) -> Callable:
+    """table(address, layout, step, values): `vec` values of a table as float32; `step` bytes apart where the layout is not WIDE."""
+    dtype, vec = config.dtype, config.vec
+    each = words_of(dtype, vec)
+    load_access, _ = make_io(dtype, vec)
+    unpack, _ = make_convert(dtype, vec)
+    unpack_one, _ = make_convert(dtype, 1)
+    halves = dtype != "float32"
+
+    @cuda.jit(device=True, forceinline=True)
+    def step_float32(address, step, values):
+        for i in range(vec):
+            values[i] = ptx.ld_global_f32(address + np.uint64(i) * step)
+
+    @cuda.jit(device=True, forceinline=True)
+    def step_same(address, step, values):
+        word = cuda.local.array(1, np.uint32)
+        for i in range(vec):
+            word[0] = ptx.ld_global_16(address + np.uint64(i) * step)
+            unpack_one(word, 0, values, i)
+
+    @cuda.jit(device=True, forceinline=True)
+    def wide_float32(address, values):
+        for i in range(0, vec, 4):
+            a, b, c, d = ptx.ld_global_128(address + np.uint64(4 * i))
+            values[i], values[i + 1], values[i + 2], values[i + 3] = ptx.bits_f32(a), ptx.bits_f32(b), ptx.bits_f32(c), ptx.bits_f32(d)
+
+    @cuda.jit(device=True, forceinline=True)
+    def wide_same(address, values):
+        words = cuda.local.array(each, np.uint32)
+        load_access(address, True, words, 0)
+        unpack(words, 0, values, 0)
+
+    @cuda.jit(device=True, forceinline=True)
+    def table(address, layout, step, values):
+        if layout == STEP_FLOAT32:
+            step_float32(address, step, values)
+        elif halves and layout == STEP:
+            step_same(address, step, values)
+        elif vec > 1 and layout == WIDE_FLOAT32:
+            wide_float32(address, values)
+        elif vec > 1 and halves:
+            wide_same(address, values)
+    return table
+
+
+def make(config: Config) -> Callable:
+    vec, item, each, interleaved = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec), config.interleaved
+    both, kept = 2 * vec, 2 * each * HEADS
+    fetch, store = make_io(config.dtype, vec)
+    unpack, pack = make_convert(config.dtype, vec)
+    table = make_table(config)
+
+    @cuda.jit(device=True, forceinline=True)
+    def turn(words, at, cos, sin):
+        """The pairs of one unit, words[at : at + 2 each], in place."""
+        values = cuda.local.array(both, np.float32)
+        unpack(words, at, values, 0)
+        unpack(words, at + each, values, vec)
+        for i in range(vec):
+            first, second = (2 * i, 2 * i + 1) if interleaved else (i, vec + i)
+            x0, x1 = values[first], values[second]
+            values[first] = ptx.fma(x0, cos[i], -(x1 * sin[i]))
+            values[second] = ptx.fma(x1, cos[i], x0 * sin[i])
+        pack(values, 0, words, at)
+        pack(values, vec, words, at + each)
+
+    def rotary(q_gl, k_gl, positions_gl, cos_gl, sin_gl, q_out_gl, k_out_gl, q_batch, q_token, q_head, k_batch, k_token, k_head,
+               position_batch, position_token, table_batch, table_token, table_position, table_step, layout,
+               work, length, heads, kv_heads, head_dim, half, units, groups):
+        thread = np.uint32(cuda.blockIdx.x) * np.uint32(THREADS) + np.uint32(cuda.threadIdx.x)
+        rest = ptx.div_u32(thread, units)
+        unit = thread - rest * units
+        token = ptx.div_u32(rest, groups)
+        head = (rest - token * groups) * np.uint32(HEADS)
+        batch = ptx.div_u32(token, length)
+        step = token - batch * length
+        rotated = unit * np.uint32(vec) < half
+        first = unit * np.uint32(both)
+        second = first + np.uint32(vec)
+        if not interleaved and rotated:
+            first = unit * np.uint32(vec)
+            second = first + half
+        q_at = q_gl + np.uint64((np.int64(batch) * q_batch + np.int64(step) * q_token) * item)
+        k_at = k_gl + np.uint64((np.int64(batch) * k_batch + np.int64(step) * k_token) * item)
+        words = cuda.local.array(kept, np.uint32)
+        for i in range(HEADS):
+            of_k = np.int64(head) + i - np.int64(heads)
+            at = q_at + np.uint64((np.int64(head) + i) * q_head * item) if of_k < 0 else k_at + np.uint64(of_k * k_head * item)
+            live = thread < work and of_k < np.int64(kv_heads)
+            fetch(at + np.uint64(first) * np.uint64(item), live, words, 2 * i * each)
+            fetch(at + np.uint64(second) * np.uint64(item), live and second < head_dim, words, (2 * i + 1) * each)
+        if rotated and thread < work:
+            cos = cuda.local.array(vec, np.float32)
+            sin = cuda.local.array(vec, np.float32)
+            position = np.int64(0)
+            if positions_gl != np.uint64(0):  # the low word of int32 or int64
+                position = np.int64(np.int32(ptx.ld_global_32(
+                    positions_gl + np.uint64(np.int64(batch) * position_batch + np.int64(step) * position_token))))
+            row = np.uint64(np.int64(batch) * table_batch + np.int64(step) * table_token + position * table_position
+                            + np.int64(unit * np.uint32(vec)) * np.int64(table_step))
+            table(cos_gl + row, layout, np.uint64(table_step), cos)
+            if sin_gl != np.uint64(0):
+                table(sin_gl + row, layout, np.uint64(table_step), sin)
+            else:
+                for i in range(vec):
+                    cos[i], sin[i] = cos_sin(np.float32(position) * cos[i])
+            for i in range(HEADS):
+                turn(words, 2 * i * each, cos, sin)
+        for i in range(HEADS):
+            of_k = np.int64(head) + i - np.int64(heads)
+            row_of_q, row_of_k = np.int64(token) * np.int64(heads) + np.int64(head) + i, np.int64(token) * np.int64(kv_heads) + of_k
+            at = (q_out_gl if of_k < 0 else k_out_gl) + np.uint64((row_of_q if of_k < 0 else row_of_k) * np.int64(head_dim) * item)
+            live = thread < work and of_k < np.int64(kv_heads)
+            store(at + np.uint64(first) * np.uint64(item), live, words, 2 * i * each)
+            store(at + np.uint64(second) * np.uint64(item), live and second < head_dim, words, (2 * i + 1) * each)
+
+    return rotary
+
+
+def spec(config: Config) -> Spec:
+    return Spec(make, config, "p" * 7 + "l" * 11 + "ui" + "u" * 8, THREADS, min_blocks=4)
+
+
+def variants() -> Iterator[Spec]:
+    """Every variant that `pick` can give."""
+    for dtype, item in ITEM.items():
+        for vec in (16 // item, 1):
+            yield from (spec(pick(dtype, vec, interleaved)) for interleaved in (False, True))
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, vec: int, interleaved: bool, device: int) -> Kernel:
+    return load(spec(pick(DTYPE_NAME[dtype], vec, interleaved)), device)
+
+
+def launch(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None,
+           interleaved: bool, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    q_out, k_out = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    batch, length, heads, head_dim = q.shape
+    kv_heads, half, item = k.shape[2], rotary_dim // 2, q.element_size()
+    if q.numel() + k.numel() == 0:
+        return q_out, k_out
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    q_strides, k_strides = q.stride()[:3], k.stride()[:3]
+    q_at, k_at, cos_at, sin_at = q.data_ptr(), k.data_ptr(), cos.data_ptr(), 0 if sin is None else sin.data_ptr()
+    vec = widest(item, head_dim * item, half * item, q_at | k_at, *(stride * item for stride in q_strides + k_strides))
+    position_at = position_batch = position_token = table_batch = table_token = table_position = 0
+    width = cos.element_size()
+    if positions is not None:
+        position_at, size = positions.data_ptr(), positions.element_size()
+        position_batch, position_token = positions.stride(0) * size, positions.stride(1) * size
+    if cos.dim() == 3:
+        table_batch, table_token = 0 if cos.shape[0] == 1 else cos.stride(0) * width, cos.stride(1) * width
+    elif cos.dim() == 2:
+        table_position = cos.stride(0) * width
+    step = cos.stride(-1) * width
+    wide = vec > 1 and step == width and (cos_at | sin_at | table_batch | table_token | table_position) % 16 == 0
+    layout = (WIDE if wide else STEP) + (cos.dtype is torch.float32)
+    units = half // vec + -(-(head_dim - rotary_dim) // (2 * vec))
+    groups = -(-(heads + kv_heads) // HEADS)
+    work = batch * length * units * groups
+    if work >= 1 << 32:
+        raise ValueError(f"rotary: {q.numel() + k.numel()} elements that 16-byte accesses do not fit are too many for one launch; "
+                         "split the batch, or make q and k contiguous")
+    _kernel(q.dtype, vec, interleaved, q.device.index)(
+        -(-work // THREADS), 1, 1, q_at, k_at, position_at, cos_at, sin_at, q_out.data_ptr(), k_out.data_ptr(), *q_strides, *k_strides,
+        position_batch, position_token, table_batch, table_token, table_position, step, layout, work, length, heads, kv_heads, head_dim,
+        half, units, groups)
+    return q_out, k_out
