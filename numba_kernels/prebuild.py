@@ -32,8 +32,7 @@ def build_kernel(name: str, index: int, arch: str) -> tuple[str, int, str]:
 
 def build_all(arches: list[str], workers: int | None = None) -> Iterator[tuple[str, str, int, str]]:
     """(arch, variant, registers, what is wrong) of every kernel variant, compiled in `workers` processes."""
-    specs = {name: [s for s in variants() if s.make.__module__.endswith(f".{name}")] for name in KERNELS}
-    jobs = [(name, index, arch) for arch in arches for name, listed in specs.items() for index, s in enumerate(listed) if s.only in (None, arch)]
+    jobs = [(name, index, arch) for arch in arches for name in KERNELS for index, spec in enumerate(variants_of(name)) if spec.only in (None, arch)]
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for (_, _, arch), (variant, registers, wrong) in zip(jobs, pool.map(build_kernel, *zip(*jobs, strict=True)), strict=True):
             yield arch, variant, registers, wrong
