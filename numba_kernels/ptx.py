@@ -121,6 +121,7 @@ ld_global_128_if = ptx("ld_global_128_if", "{ .reg .pred p; .reg .b32 t<4>; setp
                        "mov.b32 $3, t3; }", "rrrr", "lr")
 st_global_16_if = ptx("st_global_16_if", "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, $2, 0; cvt.u16.u32 t, $1; @p st.global.b16 [$0], t; }", "", "lrr")
 st_global_32_if = ptx("st_global_32_if", "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.b32 [$0], $1; }", "", "lrr")
+st_global_64_if = ptx("st_global_64_if", "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.v2.b32 [$0], {$1, $2}; }", "", "lrrr")
 st_global_128_if = ptx("st_global_128_if", "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.v4.b32 [$0], {$1, $2, $3, $4}; }", "", "lrrrrr")
 prefetch_l2 = ptx("prefetch_l2", "prefetch.global.L2 [$0];", "", "l")
 # What a kernel before this one in the stream has written, which need not have ended.
@@ -253,10 +254,12 @@ def tensor_map(typingctx, parameter):
     alone: the function that calls this gets all its parameters of that type passed by value."""
     def codegen(context, builder, sig, args):
         function, module = builder.function, builder.module
-        for i, argument in enumerate(function.args):  # argument 0 is Numba's return value, which a kernel loses
-            if argument.type == args[0].type and not isinstance(argument.attributes, _ByValue):
-                argument.attributes = _ByValue()
-                index = module.add_metadata([ir.Constant(ir.IntType(32), i)])
-                module.add_named_metadata("nvvm.annotations").add(module.add_metadata([function, "grid_constant", index]))
+        # Argument 0 is Numba's return value, which a kernel loses: what is left counts from 1, as NVVM does.
+        maps = [i for i, a in enumerate(function.args) if a.type == args[0].type and not isinstance(a.attributes, _ByValue)]
+        for i in maps:
+            function.args[i].attributes = _ByValue()
+        if maps:
+            indices = module.add_metadata([ir.Constant(ir.IntType(32), i) for i in maps])
+            module.add_named_metadata("nvvm.annotations").add(module.add_metadata([function, "grid_constant", indices]))
         return builder.ptrtoint(args[0], ir.IntType(64))
     return signature(types.uint64, parameter), codegen

@@ -1,0 +1,187 @@
+"""What a consumer warpgroup of attention on Hopper computes: S = Q K^T, the online softmax, O += P V, and its 64 rows of the result.
+
+Tiles lie in shared memory as TMA writes them: 64-column chunks of 128-byte rows, 128-byte swizzle, one chunk after the other. A thread holds
+columns 8 j + 2 t, + 1 of rows g and g + 8 of its warp's 16 rows, for every j: registers 4 j .. 4 j + 3, lane = 4 g + t.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import cuda
+
+from ftops.numba_kernels import ptx
+
+CHUNK = 64  # columns of a 128-byte row
+MINUS_INFINITY = np.float32(-np.inf)
+# Matrix descriptors: 128-byte swizzle, groups of 8 rows 1024 bytes apart; bits 16 to 29: from one 64-column chunk to the next, in 16 bytes,
+# read for MN-major operands alone.
+_SWIZZLED = (1 << 62) | (64 << 32)
+# A running maximum stays while no score of the row is beyond it by more than 2 ** 8: P is then at most 256, exact in scale for both dtypes,
+# and O need not be rescaled. It is what FlashAttention-4 does.
+SLACK = np.float32(8)
+
+
+def chunks(head_dim: int) -> int:
+    return -(-head_dim // CHUNK)
+
+
+def make_products(dtype: str, head_dim: int, rows: int, keys: int) -> tuple[Callable, Callable, Callable, Callable]:
+    """(row_major, column_major, scores, accumulate), of a block of `rows` query rows against tiles of `keys` keys.
+
+    row_major(address), column_major(address): descriptors of Q and K, of V. scores(score, q, k): score = Q K^T. accumulate(out, prob, v):
+    out += P V. Both start one wgmma group, whose registers must not be touched before it is waited for.
+    """
+    steps, key_steps = -(-head_dim // 16), keys // 16
+    q_chunk, k_chunk = rows * 128 // 16, keys * 128 // 16
+    product, product_p = ptx.wgmma_shared(dtype, keys), ptx.wgmma_registers(dtype, head_dim)
+    plain, strided = np.uint64(_SWIZZLED), np.uint64(_SWIZZLED | (k_chunk << 16))
+    mask = np.uint32(0x3FFFF)
+
+    @cuda.jit(device=True, forceinline=True)
+    def row_major(address):
+        return np.uint64(plain | np.uint64((address & mask) >> np.uint32(4)))
+
+    @cuda.jit(device=True, forceinline=True)
+    def column_major(address):
+        return np.uint64(strided | np.uint64((address & mask) >> np.uint32(4)))
+
+    @cuda.jit(device=True, forceinline=True)
+    def scores(score, q, k):
+        ptx.wgmma_fence()
+        for d in range(steps):
+            within = d % 4 * 2  # 16 elements are 32 bytes
+            product(score, 0, q + np.uint64(d // 4 * q_chunk + within), k + np.uint64(d // 4 * k_chunk + within), np.uint32(d))
+        ptx.wgmma_commit()
+
+    @cuda.jit(device=True, forceinline=True)
+    def accumulate(out, prob, v):
+        ptx.wgmma_fence()
+        for s in range(key_steps):
+            product_p(out, 0, prob[4 * s], prob[4 * s + 1], prob[4 * s + 2], prob[4 * s + 3], v + np.uint64(128 * s))
+        ptx.wgmma_commit()
+
+    return row_major, column_major, scores, accumulate
+
+
+def make_softmax(dtype: str, head_dim: int, keys: int) -> tuple[Callable, Callable, Callable]:
+    """(softmax, rescale, pack).
+
+    softmax(score, top, total, factor) -> (r0, r1): score := 2 ** (factor * (score - top)) with top raised where the row outgrew it, total
+    brought up to date, r what O of the thread's two rows must be multiplied by. rescale(out, r0, r1) does it, unless all of the warp are 1.
+    pack(prob, score): P in the dtype, as the A fragments of P V.
+    """
+    tiles, out_tiles = keys // 8, head_dim // 8
+    quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
+    pair = ptx.PAIR[dtype]
+
+    @cuda.jit(device=True, forceinline=True)
+    def raised(old, even, odd, factor):
+        """The maximum to measure a row from."""
+        high = ptx.maximum(even, odd)
+        high = ptx.maximum(high, quad_1(high))
+        high = ptx.maximum(high, quad_2(high))
+        return high if (high - old) * factor > SLACK else old
+
+    @cuda.jit(device=True, forceinline=True)
+    def softmax(score, top, total, factor):
+        even_0, odd_0, even_1, odd_1 = score[0], score[1], score[2], score[3]
+        for j in range(1, tiles):
+            even_0 = ptx.maximum(even_0, score[4 * j])
+            odd_0 = ptx.maximum(odd_0, score[4 * j + 1])
+            even_1 = ptx.maximum(even_1, score[4 * j + 2])
+            odd_1 = ptx.maximum(odd_1, score[4 * j + 3])
+        new_0, new_1 = raised(top[0], even_0, odd_0, factor), raised(top[1], even_1, odd_1, factor)
+        # A row that has seen nothing is measured from 0: -inf - -inf would be NaN.
+        from_0 = np.float32(0) if new_0 == MINUS_INFINITY else new_0 * factor
+        from_1 = np.float32(0) if new_1 == MINUS_INFINITY else new_1 * factor
+        r0, r1 = ptx.exp2(ptx.fma(top[0], factor, -from_0)), ptx.exp2(ptx.fma(top[1], factor, -from_1))
+        if new_0 == top[0]:
+            r0 = np.float32(1)
+        if new_1 == top[1]:
+            r1 = np.float32(1)
+        top[0], top[1] = new_0, new_1
+        sum_0, sum_1, sum_2, sum_3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for j in range(tiles):
+            score[4 * j] = ptx.exp2(ptx.fma(score[4 * j], factor, -from_0))
+            score[4 * j + 1] = ptx.exp2(ptx.fma(score[4 * j + 1], factor, -from_0))
+            score[4 * j + 2] = ptx.exp2(ptx.fma(score[4 * j + 2], factor, -from_1))
+            score[4 * j + 3] = ptx.exp2(ptx.fma(score[4 * j + 3], factor, -from_1))
+            sum_0 += score[4 * j]
+            sum_1 += score[4 * j + 1]
+            sum_2 += score[4 * j + 2]
+            sum_3 += score[4 * j + 3]
+        total[0] = ptx.fma(total[0], r0, sum_0 + sum_1)
+        total[1] = ptx.fma(total[1], r1, sum_2 + sum_3)
+        return r0, r1
+
+    @cuda.jit(device=True, forceinline=True)
+    def rescale(out, r0, r1):
+        if ptx.ballot(np.uint32(r0 != np.float32(1) or r1 != np.float32(1))) != np.uint32(0):
+            for j in range(out_tiles):
+                out[4 * j] *= r0
+                out[4 * j + 1] *= r0
+                out[4 * j + 2] *= r1
+                out[4 * j + 3] *= r1
+
+    @cuda.jit(device=True, forceinline=True)
+    def pack(prob, score):
+        for i in range(2 * tiles):
+            prob[i] = pair(score[2 * i], score[2 * i + 1])
+
+    return softmax, rescale, pack
+
+
+def make_clear(head_dim: int, keys: int) -> Callable:
+    """clear(tile, first): a warpgroup sets rows first .. keys - 1 of a tile of V to 0, since 0 * what lies there might be NaN."""
+    parts = chunks(head_dim)
+
+    @cuda.jit(device=True, forceinline=True)
+    def clear(tile, first):
+        zero = np.uint32(0)
+        thread = np.uint32(cuda.threadIdx.x) & np.uint32(127)
+        at = np.uint32(np.uint32(first) * np.uint32(128) + thread * np.uint32(16))
+        while at < np.uint32(keys * 128):
+            for c in range(parts):
+                ptx.st_shared_128(tile + np.uint32(c * keys * 128) + at, zero, zero, zero, zero)
+            at += np.uint32(2048)
+        ptx.fence_proxy_async()
+
+    return clear
+
+
+def make_store(dtype: str, head_dim: int) -> Callable:
+    """store(out, total, out_gl, step, left, dim): a warp's 16 rows of O / total, rounded, to rows `step` bytes apart, the first `left` of them.
+
+    Lanes 2 i and 2 i + 1 trade the halves of two neighbouring 8-column tiles, so that the four lanes of a row write 32 bytes, a whole sector.
+    """
+    pairs = head_dim // 16
+    quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
+    pair = ptx.PAIR[dtype]
+
+    @cuda.jit(device=True, forceinline=True)
+    def inverse(total):
+        total += quad_1(total)
+        total += quad_2(total)
+        return np.float32(0) if total == np.float32(0) else ptx.reciprocal(total)
+
+    @cuda.jit(device=True, forceinline=True)
+    def store(out, total, out_gl, step, left, dim):
+        lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
+        odd = (lane & np.uint32(1)) != np.uint32(0)
+        row = np.int32(lane >> np.uint32(2))
+        column = np.int32(np.uint32(8) * (lane & np.uint32(1)) + np.uint32(2) * (lane & np.uint32(2)))
+        scale_0, scale_1 = inverse(total[0]), inverse(total[1])
+        upper = out_gl + np.uint64(np.uint32(row)) * step + np.uint64(np.uint32(2) * np.uint32(column))
+        lower = upper + np.uint64(8) * step
+        for m in range(pairs):
+            here = column + np.int32(16 * m) < dim
+            for h in range(2):
+                scale = scale_0 if h == 0 else scale_1
+                first = pair(out[8 * m + 2 * h] * scale, out[8 * m + 2 * h + 1] * scale)
+                second = pair(out[8 * m + 2 * h + 4] * scale, out[8 * m + 2 * h + 5] * scale)
+                given = ptx.f32_bits(quad_1(ptx.bits_f32(first if odd else second)))
+                ptx.st_global_64_if((upper if h == 0 else lower) + np.uint64(32 * m), given if odd else first, second if odd else given,
+                                    np.uint32(here and row + np.int32(8 * h) < left))
+
+    return store
