@@ -16,16 +16,21 @@ UNBOUNDED = 1 << 30  # a window end beyond every key; positions +- it stay withi
 
 
 def make_locate(rows: int) -> Callable:
-    """locate(...) of a block of `rows` query rows, the last rows of a sequence first, since under a causal mask they take longest:
+    """locate(...) of a block of `rows` query rows:
 
-    (batch, first row, queries, keys, rows of q before the sequence, rows of k before it, limit, position of the first row, begin, end).
+    (batch, head, first row, queries, keys, rows of q before the sequence, rows of k before it, limit, position of the first row, begin,
+    end).
     Keys at and beyond `limit` do not exist; rows of the block see keys of [begin, end) alone. first row >= queries: there is none.
+    A head's last rows come first, since under a causal mask they take longest; the heads that share keys follow one another.
     """
 
     @cuda.jit(device=True, forceinline=True)
-    def locate(queries, keys, tiles, left, right, lengths_gl, starts_q_gl, starts_kv_gl):
-        batch = ptx.div_u32(np.uint32(cuda.blockIdx.x), np.uint32(tiles))
-        tile = np.int32(tiles - np.int32(1) - np.int32(np.uint32(cuda.blockIdx.x) - batch * np.uint32(tiles)))
+    def locate(queries, keys, heads, tiles, left, right, lengths_gl, starts_q_gl, starts_kv_gl):
+        block = np.uint32(cuda.blockIdx.x)
+        row_of_heads = ptx.div_u32(block, np.uint32(tiles))
+        tile = np.int32(tiles - np.int32(1) - np.int32(block - row_of_heads * np.uint32(tiles)))
+        batch = ptx.div_u32(row_of_heads, np.uint32(heads))
+        head = np.uint32(row_of_heads - batch * np.uint32(heads))
         start_q, start_kv = np.uint32(0), np.uint32(0)
         at = np.uint64(4) * np.uint64(batch)
         if starts_q_gl != np.uint64(0):
@@ -39,6 +44,6 @@ def make_locate(rows: int) -> Callable:
         position = np.int32(keys - queries + first_row)
         begin = np.int32(max(position - left, np.int32(0)))
         end = np.int32(min(limit, position + min(np.int32(rows), np.int32(queries - first_row)) + right))
-        return batch, first_row, np.int32(queries), np.int32(keys), start_q, start_kv, limit, position, begin, end
+        return batch, head, first_row, np.int32(queries), np.int32(keys), start_q, start_kv, limit, position, begin, end
 
     return locate

@@ -15,7 +15,7 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.attention_common import SIGNATURE, make_locate
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.flash import MINUS_INFINITY, layout, make_fetch, make_hide, make_places, make_products, make_softmax
+from ftops.numba_kernels.flash import MINUS_INFINITY, layout, make_fetch, make_hide, make_places, make_products, make_softmax, make_store
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256)
 LOG2E = np.float32(1.4426950408889634)
@@ -68,7 +68,7 @@ _TILES = {
 # What extras need beside the scores does not fit the registers there.
 _EXTRA_TILES = {
     32: (4, 2, 64, 2, True, 2),
-    80: (4, 2, 64, 1, False, 2),
+    80: (4, 1, 64, 2, True, 3),
     128: (4, 2, 32, 2, False, 2),
 }
 
@@ -101,12 +101,12 @@ def make(config: Config) -> Callable:
                       queries, keys_there, heads, group, dim, tiles, left, right, bias_wide, scale, softcap):
         base = ptx.shared_address(cuda.shared.array(0, np.uint8))
         all_queries = queries
-        batch, first_row, queries, keys_there, start_q, start_kv, limit, position, begin, end = locate(
-            queries, keys_there, tiles, left, right, lengths_gl, starts_q_gl, starts_kv_gl)
+        batch, head, first_row, queries, keys_there, start_q, start_kv, limit, position, begin, end = locate(
+            queries, keys_there, heads, tiles, left, right, lengths_gl, starts_q_gl, starts_kv_gl)
         if first_row >= queries:
             return
-        head = np.uint64(cuda.blockIdx.y)
-        kv_head = np.uint64(ptx.div_u32(np.uint32(head), np.uint32(group)))
+        kv_head = np.uint64(ptx.div_u32(head, np.uint32(group)))
+        head = np.uint64(head)
         q_gl += np.uint64(batch) * np.uint64(q_batch) + np.uint64(start_q) * np.uint64(q_row) + head * np.uint64(q_head)
         k_gl += np.uint64(batch) * np.uint64(k_batch) + np.uint64(start_kv) * np.uint64(k_row) + kv_head * np.uint64(k_head)
         v_gl += np.uint64(batch) * np.uint64(v_batch) + np.uint64(start_kv) * np.uint64(v_row) + kv_head * np.uint64(v_head)
@@ -186,7 +186,8 @@ def make(config: Config) -> Callable:
                         k_from = fetch(k_to, k_from, k_step, sizes, np.int32(keys))
                     ptx.cp_async_commit()
                 if extras:
-                    shape_scores(score, key, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_key, bias_wide, slope)
+                    shape_scores(score, key, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_key, bias_wide,
+                                 slope)
                 if key + np.int32(keys) > whole_end or key < whole_begin:
                     hide(score, key, position, left, right, limit)
                 softmax(score, out, top, total, factor)
@@ -196,13 +197,14 @@ def make(config: Config) -> Callable:
                     buffer ^= tile_bytes
         finish(out, total)
         out_row = (out_row + np.uint64(first_row + warp_row)) * np.uint64(heads) + head
-        store(out, own_q, out_gl + out_row * np.uint64(2 * dim), np.uint64(heads) * np.uint64(2 * dim), np.int32(queries - first_row - warp_row), dim)
+        row_bytes = np.uint64(2 * dim)
+        store(out, own_q, out_gl + out_row * row_bytes, np.uint64(heads) * row_bytes, np.int32(queries - first_row - warp_row), dim)
 
     return attention_mma
 
 
 def make_shape_scores(dtype: str, keys: int, row_tiles: int) -> Callable:
-    """score := log2(e) * (softcap(scale * score) + bias) - slope * |distance|, each part if it is asked for; slope comes with log2(e) in it."""
+    """score := log2(e) * (softcap(scale * score) + bias) - slope * |distance|, each part if asked for; slope comes with log2(e) in it."""
     halves, tiles = 2 * row_tiles, keys // 8
     widen = ptx.LOW[dtype]
 
@@ -249,43 +251,6 @@ def make_shape_scores(dtype: str, keys: int, row_tiles: int) -> Callable:
                     score[at + 4 * j + 1] -= slope * abs(distance + np.float32(8 * j + 1))
 
     return shape_scores
-
-
-def make_store(dtype: str, head_dim: int, row_tiles: int) -> Callable:
-    """store(out, own_sh, out_gl, step, left, dim): a warp's rows, rounded, to memory `step` bytes apart, the first `left` of them.
-
-    They pass through the warp's own part of Q's tile, so that memory is written 16 bytes a lane and whole sectors at a time.
-    """
-    shape = layout(head_dim)
-    pitch, shift, mask, lanes = np.uint32(shape.pitch), np.uint32(shape.shift), np.uint32(shape.mask), shape.mask + 1
-    columns, out_tiles = head_dim // 8 // lanes, head_dim // 8
-    row_step = 32 // lanes
-    passes = 16 * row_tiles // row_step
-    pair = ptx.PAIR[dtype]
-
-    @cuda.jit(device=True, forceinline=True)
-    def store(out, own_sh, out_gl, step, left, dim):
-        lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
-        row = np.uint32(lane >> np.uint32(2))
-        swizzle = (row >> shift) & mask
-        place = np.uint32(own_sh + row * pitch + np.uint32(4) * (lane & np.uint32(3)))
-        for r in range(row_tiles):
-            for j in range(out_tiles):
-                at = (r * out_tiles + j) * 4
-                to = np.uint32(place + np.uint32(16 * r) * pitch + ((np.uint32(j) ^ swizzle) << np.uint32(4)))
-                ptx.st_shared_32(to, pair(out[at], out[at + 1]))
-                ptx.st_shared_32(to + np.uint32(8) * pitch, pair(out[at + 2], out[at + 3]))
-        cuda.syncwarp()
-        for p in range(passes):
-            row = np.uint32(lane // np.uint32(lanes) + np.uint32(p * row_step))
-            swizzle = (row >> shift) & mask
-            for column in range(columns):
-                chunk = np.uint32(lane % np.uint32(lanes) + np.uint32(column * lanes))
-                if np.int32(row) < left and np.int32(8) * np.int32(chunk) < dim:
-                    w0, w1, w2, w3 = ptx.ld_shared_128(own_sh + row * pitch + ((chunk ^ swizzle) << np.uint32(4)))
-                    ptx.st_global_128(out_gl + np.uint64(row) * step + np.uint64(np.uint32(16) * chunk), w0, w1, w2, w3)
-
-    return store
 
 
 def spec(config: Config) -> Spec:

@@ -84,8 +84,8 @@ def make(config: Config) -> Callable:
                         queries, keys, heads, group, dim, tiles, left, right, bias_wide, scale, softcap):
         base = ptx.shared_address(cuda.shared.array(0, np.float32))
         all_queries = queries
-        batch, first_row, queries, keys, start_q, start_kv, limit, position, begin, end = locate(
-            queries, keys, tiles, left, right, lengths_gl, starts_q_gl, starts_kv_gl)
+        batch, head, first_row, queries, keys, start_q, start_kv, limit, position, begin, end = locate(
+            queries, keys, heads, tiles, left, right, lengths_gl, starts_q_gl, starts_kv_gl)
         lane, warp = np.uint32(cuda.threadIdx.x) & np.uint32(31), np.uint32(cuda.threadIdx.x) >> np.uint32(5)
         first_row += np.int32(warp) * np.int32(ROWS)
         if first_row >= queries:
@@ -94,9 +94,10 @@ def make(config: Config) -> Callable:
         rows_here = np.int32(min(np.int32(ROWS), queries - first_row))
         begin = np.int32(max(position - left, np.int32(0)))
         end = np.int32(min(limit, position + rows_here + right))
-        head = np.uint64(cuda.blockIdx.y)
-        kv_head = np.uint64(ptx.div_u32(np.uint32(head), np.uint32(group)))
-        q_gl += np.uint64(batch) * np.uint64(q_batch) + np.uint64(start_q + np.uint32(first_row)) * np.uint64(q_row) + head * np.uint64(q_head)
+        kv_head = np.uint64(ptx.div_u32(head, np.uint32(group)))
+        head = np.uint64(head)
+        q_gl += np.uint64(batch) * np.uint64(q_batch) + head * np.uint64(q_head)
+        q_gl += np.uint64(start_q + np.uint32(first_row)) * np.uint64(q_row)
         k_gl += np.uint64(batch) * np.uint64(k_batch) + np.uint64(start_kv) * np.uint64(k_row) + kv_head * np.uint64(k_head)
         v_gl += np.uint64(batch) * np.uint64(v_batch) + np.uint64(start_kv) * np.uint64(v_row) + kv_head * np.uint64(v_head)
         bias_gl += np.uint64(batch) * np.uint64(bias_batch) + head * np.uint64(bias_head) + np.uint64(first_row) * np.uint64(bias_row)
@@ -117,7 +118,8 @@ def make(config: Config) -> Callable:
             for c in range(columns):
                 out[r * columns + c] = np.float32(0)
                 element = np.int32(lane + np.uint32(32 * c))
-                q = load_one(q_gl + np.uint64(r) * np.uint64(q_row) + np.uint64(element) * np.uint64(item), element < dim and np.int32(r) < rows_here)
+                element_gl = q_gl + np.uint64(r) * np.uint64(q_row) + np.uint64(element) * np.uint64(item)
+                q = load_one(element_gl, element < dim and np.int32(r) < rows_here)
                 ptx.st_shared_f32(q_sh + np.uint32(4 * r * width) + np.uint32(4) * np.uint32(element), q)
         ptx.warp_sync()
 
@@ -131,8 +133,12 @@ def make(config: Config) -> Callable:
                     load_chunk(key_gl + np.uint64(d) * np.uint64(item), True, words, 0)
                     unpack_chunk(words, 0, chunk, 0)
                     for r in range(ROWS):
+                        # A sum for each chunk halves the error of a float32 score.
+                        part = np.float32(0)
                         for i in range(vec):
-                            dot[r] = ptx.fma(chunk[i], ptx.ld_shared_f32(q_sh + np.uint32(4 * r * width + 4 * i) + np.uint32(4) * np.uint32(d)), dot[r])
+                            q = ptx.ld_shared_f32(q_sh + np.uint32(4 * r * width + 4 * i) + np.uint32(4) * np.uint32(d))
+                            part = ptx.fma(chunk[i], q, part)
+                        dot[r] += part
             for r in range(ROWS):
                 place = np.int32(position + np.int32(r))
                 s = MINUS_INFINITY
@@ -174,7 +180,8 @@ def make(config: Config) -> Callable:
             row_gl = out_gl + ((out_row + np.uint64(r)) * np.uint64(heads) + head) * np.uint64(dim) * np.uint64(item)
             for c in range(columns):
                 element = np.uint64(lane + np.uint32(32 * c))
-                store_one(row_gl + element * np.uint64(item), element < np.uint64(dim) and np.int32(r) < rows_here, out[r * columns + c] * inverse)
+                there = element < np.uint64(dim) and np.int32(r) < rows_here
+                store_one(row_gl + element * np.uint64(item), there, out[r * columns + c] * inverse)
 
     return attention_plain
 

@@ -1,7 +1,7 @@
 """Device helpers of attention on mma.sync: swizzled 16-bit tiles in shared memory, their fragments, and the online softmax.
 
-A tile is rows of head_dim elements, cut into 16-byte chunks. Chunk c of row r lies at place c ^ s(r) of its row, so that the eight rows that
-ldmatrix reads at one c, and the chunks that cp.async writes side by side, fall into different banks.
+A tile is rows of head_dim elements, cut into 16-byte chunks. Chunk c of row r lies at place c ^ s(r) of its row, so that the eight rows
+that ldmatrix reads at one c, and the chunks that cp.async writes side by side, fall into different banks.
 Fragments are those of the PTX ISA, section "mma.m16n8k16": a thread holds columns 2t, 2t + 1 of rows g and g + 8, where lane = 4 g + t.
 """
 from __future__ import annotations
@@ -82,7 +82,8 @@ def make_fetch(head_dim: int, rows: int, threads: int) -> tuple[Callable, Callab
             for p in range(passes):
                 for column in range(columns):
                     size = sizes[column] if np.int32(rows - (p + 1) * row_step) < left else np.uint32(0)
-                    ptx.cp_async_16(place + np.uint32(column * column_bytes - p * pass_bytes), source + np.uint64(column * column_bytes), size)
+                    ptx.cp_async_16(place + np.uint32(column * column_bytes - p * pass_bytes), source + np.uint64(column * column_bytes),
+                                    size)
                 source -= step
         return source
 
@@ -92,7 +93,7 @@ def make_fetch(head_dim: int, rows: int, threads: int) -> tuple[Callable, Callab
 def make_places(head_dim: int) -> tuple[Callable, Callable]:
     """(row_places, key_places): fill where in a tile this lane points ldmatrix for the column blocks 0 .. places - 1.
 
-    row_places: 16 rows as an A fragment (Q), or transposed as a B fragment (V). key_places: 16 rows as a B fragment of two 8-row halves (K).
+    row_places: 16 rows as an A fragment (Q), or transposed as a B fragment (V). key_places: 16 rows as a B fragment, two 8-row halves (K).
     """
     shape = layout(head_dim)
     pitch, shift, mask, places = np.uint32(shape.pitch), np.uint32(shape.shift), np.uint32(shape.mask), shape.places
@@ -223,8 +224,8 @@ def make_softmax(head_dim: int, keys: int, row_tiles: int) -> tuple[Callable, Ca
 
 
 def make_hide(keys: int, row_tiles: int) -> Callable:
-    """hide(score, first, position, left, right, limit): -inf at keys that a row must not see. `first` is the tile's first key, `position` the
-    place of the block's first row among the keys: a row sees [place - left, place + right], and nothing at or beyond limit.
+    """hide(score, first, position, left, right, limit): -inf at keys that a row must not see. `first` is the tile's first key, `position`
+    the place of the block's first row among the keys: a row sees [place - left, place + right], and nothing at or beyond limit.
     """
     halves, tiles = 2 * row_tiles, keys // 8
 
@@ -247,3 +248,40 @@ def make_hide(keys: int, row_tiles: int) -> Callable:
                     score[at + 4 * j + 1] = MINUS_INFINITY
 
     return hide
+
+
+def make_store(dtype: str, head_dim: int, row_tiles: int) -> Callable:
+    """store(out, own_sh, out_gl, step, left, dim): a warp's rows, rounded, to memory `step` bytes apart, the first `left` of them.
+
+    They pass through the warp's own part of Q's tile, so that memory is written 16 bytes a lane and whole sectors at a time.
+    """
+    shape = layout(head_dim)
+    pitch, shift, mask, lanes = np.uint32(shape.pitch), np.uint32(shape.shift), np.uint32(shape.mask), shape.mask + 1
+    columns, out_tiles = head_dim // 8 // lanes, head_dim // 8
+    row_step = 32 // lanes
+    passes = 16 * row_tiles // row_step
+    pair = ptx.PAIR[dtype]
+
+    @cuda.jit(device=True, forceinline=True)
+    def store(out, own_sh, out_gl, step, left, dim):
+        lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
+        row = np.uint32(lane >> np.uint32(2))
+        swizzle = (row >> shift) & mask
+        place = np.uint32(own_sh + row * pitch + np.uint32(4) * (lane & np.uint32(3)))
+        for r in range(row_tiles):
+            for j in range(out_tiles):
+                at = (r * out_tiles + j) * 4
+                to = np.uint32(place + np.uint32(16 * r) * pitch + ((np.uint32(j) ^ swizzle) << np.uint32(4)))
+                ptx.st_shared_32(to, pair(out[at], out[at + 1]))
+                ptx.st_shared_32(to + np.uint32(8) * pitch, pair(out[at + 2], out[at + 3]))
+        cuda.syncwarp()
+        for p in range(passes):
+            row = np.uint32(lane // np.uint32(lanes) + np.uint32(p * row_step))
+            swizzle = (row >> shift) & mask
+            for column in range(columns):
+                chunk = np.uint32(lane % np.uint32(lanes) + np.uint32(column * lanes))
+                if np.int32(row) < left and np.int32(8) * np.int32(chunk) < dim:
+                    w0, w1, w2, w3 = ptx.ld_shared_128(own_sh + row * pitch + ((chunk ^ swizzle) << np.uint32(4)))
+                    ptx.st_global_128(out_gl + np.uint64(row) * step + np.uint64(np.uint32(16) * chunk), w0, w1, w2, w3)
+
+    return store
