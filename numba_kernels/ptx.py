@@ -155,6 +155,20 @@ mma_bf16 = ptx_accumulate("mma_bf16", _MMA % ("bf16", "bf16"), 4, "rrrrrr")
 mma_f16 = ptx_accumulate("mma_f16", _MMA % ("f16", "f16"), 4, "rrrrrr")
 MMA = {"bfloat16": mma_bf16, "float16": mma_f16}
 
+# Programmatic dependent launch (Spec.dependent), sm_90 and up: the next kernel may start now; what the kernel before has written is there.
+launch_dependents = ptx("launch_dependents", {80: "", 90: "griddepcontrol.launch_dependents;"})
+wait_for_primary = ptx("wait_for_primary", {80: "", 90: "griddepcontrol.wait;"})
+
+# Clusters (Spec.cluster), sm_90 and up; before that, and without Spec.cluster, a block is a cluster of one. cluster_address is the place
+# in block $2 of what lies at $1 here; cluster_sync waits for every thread of the cluster, and what they wrote before it is then seen.
+cluster_rank = ptx("cluster_rank", {80: "mov.u32 $0, 0;", 90: "mov.u32 $0, %cluster_ctarank;"}, "r")
+cluster_size = ptx("cluster_size", {80: "mov.u32 $0, 1;", 90: "mov.u32 $0, %cluster_nctarank;"}, "r")
+cluster_sync = ptx("cluster_sync", {80: "bar.sync 0;", 90: "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"})
+cluster_address = ptx("cluster_address", {80: "mov.u32 $0, $1;", 90: "mapa.shared::cluster.u32 $0, $1, $2;"}, "r", "rr", pure=True)
+ld_cluster_64 = ptx("ld_cluster_64", {80: "ld.shared.v2.b32 {$0, $1}, [$2];", 90: "ld.shared::cluster.v2.b32 {$0, $1}, [$2];"}, "rr", "r")
+ld_cluster_128 = ptx("ld_cluster_128", {80: "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+                                        90: "ld.shared::cluster.v4.b32 {$0, $1, $2, $3}, [$4];"}, "rrrr", "r")
+
 # x, computed here: what is derived from it is not hoisted out of a branch that is seldom taken, where it would hold registers.
 here = ptx("here", "mov.b32 $0, $1;", "r", "r")
 
