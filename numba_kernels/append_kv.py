@@ -76,7 +76,8 @@ def make(config: Config) -> Callable:
                     page, slot = batch, position
                     if table_gl != 0:
                         index = np.int64(ptx.div_u32(position, page_size))
-                        page, slot = np.int64(ptx.ld_global_32(np.int64(table_gl) + 4 * (batch * table_row + index))), position - index * page_size
+                        page = np.int64(ptx.ld_global_32(np.int64(table_gl) + 4 * (batch * table_row + index)))
+                        slot = position - index * page_size
                     if page < pages:  # unsigned: a page below 0 is far above
                         to = cache_gl + cache_item * (page * k_page + slot * k_slot + head * k_cache_head + element * k_cache_dense)
                         if quantises:
@@ -138,6 +139,7 @@ def launch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: tor
     kernel, vec = _kernel(k.dtype, k_cache.dtype, wide, k.device.index)
     units = head_dim // vec
     positions_batch, positions_new = positions.stride()
-    kernel(-(-tokens // max(1, THREADS // (heads * units))), 2, 1, k_at, v_at, k_cache_at, v_cache_at, positions.data_ptr(), table_at, k_scale_at,
-           v_scale_at, *k_strides, *v_strides, *k_cache_strides, *v_cache_strides, positions_batch, positions_new, table_row, capacity, tokens,
-           new, heads, units, pages, page_size, positions.element_size() == 8)
+    tokens_a_block = max(1, THREADS // (heads * units))
+    kernel(-(-tokens // tokens_a_block), 2, 1, k_at, v_at, k_cache_at, v_cache_at, positions.data_ptr(), table_at, k_scale_at,
+           v_scale_at, *k_strides, *v_strides, *k_cache_strides, *v_cache_strides, positions_batch, positions_new, table_row, capacity,
+           tokens, new, heads, units, pages, page_size, positions.element_size() == 8)

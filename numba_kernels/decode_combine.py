@@ -1,5 +1,6 @@
 """The end of a split decode_attention: out = sum_s w_s out_s / sum_s w_s,  w_s = 2 ** (lse_s - max lse),  for every row of the output.
 
+It is launched beside the kernel before it and waits for that one's end, so that its own start costs nothing (sm_90 and up).
 One block a row: 2 ** shift threads, four values each, side by side, and as many splits at once as the block then holds.
 """
 from __future__ import annotations
@@ -38,6 +39,7 @@ def make(config: Config) -> Callable:
         lse = cuda.local.array(ahead, np.float32)
         part = cuda.local.array(n_part, np.float32)
         highest, whole, a, b, c, d = lowest, zero, zero, zero, zero, zero
+        ptx.wait_for_primary()
         if column < width:
             for base in range(first, splits, ahead * side_by_side):
                 for i in range(ahead):
@@ -81,9 +83,9 @@ def make(config: Config) -> Callable:
     return decode_combine
 
 
-def spec(config: Config) -> Spec:
-    return Spec(make, config, SIGNATURE, threads=config.threads, shared_bytes=24 * config.threads)
+def spec(config: Config, dependent: bool) -> Spec:
+    return Spec(make, config, SIGNATURE, threads=config.threads, shared_bytes=24 * config.threads, dependent=dependent)
 
 
 def variants() -> Iterator[Spec]:
-    yield spec(Config())
+    yield spec(Config(), dependent=False)

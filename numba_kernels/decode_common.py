@@ -8,13 +8,14 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 
-SIGNATURE = "pppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiii" + "ff"
+SIGNATURE = "pppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiiii" + "ff"
 LOG2E = 1.4426950408889634
+GRID_Y = 32768  # a grid has at most 65535 blocks along y: the rest goes along z
 LOWEST = -1e29  # a finite bias, however low, keeps its key: a row of nothing but the dtype's minimum attends evenly
 
 
 def make_key_range(tile: int) -> Callable:
-    """key_range(...) -> (length, start, low, high): the length within the capacity, the first visible key, and the tiles of `split` from it."""
+    """key_range(...) -> (length, start, low, high): the length within the capacity, the first visible key, tiles of `split` from there."""
 
     @cuda.jit(device=True, forceinline=True)
     def key_range(length, capacity, new, window, split, splits):
@@ -30,6 +31,15 @@ def make_key_range(tile: int) -> Callable:
 
 
 @cuda.jit(device=True, forceinline=True)
+def block_of(row_tiles, kv_heads):
+    """(batch, kv_head, row tile, split) of a block. Neighbours are splits, then row tiles, which read the same keys, then kv heads."""
+    index = np.uint32(cuda.blockIdx.y) + np.uint32(cuda.blockIdx.z) * np.uint32(GRID_Y)
+    pair = ptx.div_u32(index, row_tiles)
+    batch = np.int64(ptx.div_u32(pair, kv_heads))
+    return batch, np.int64(pair) - batch * kv_heads, np.int64(index) - np.int64(pair) * row_tiles, np.int64(cuda.blockIdx.x)
+
+
+@cuda.jit(device=True, forceinline=True)
 def row_of(row, kv_head, group):
     """(token, head) of a row: rows are new tokens x the query heads of one kv head."""
     token = np.int64(ptx.div_u32(row, group))
@@ -38,11 +48,13 @@ def row_of(row, kv_head, group):
 
 @cuda.jit(device=True, forceinline=True)
 def capped(x, cap):
-    """softcap * tanh(s / softcap) in units of log2: x is 2 log2(e) s / softcap, and cap is softcap log2(e).
-
-    tanh(z) = 1 - 2 / (1 + exp(2 z)): tanh.approx is only good to 2 ** -11 of the cap.
-    """
-    return cap - np.float32(2) * cap * ptx.reciprocal(np.float32(1) + ptx.exp2(x))
+    """cap * tanh(x): a polynomial near 0, where 1 - 2 / (1 + exp(2 x)) would cancel. tanh.approx is only good to 2 ** -11 of the cap."""
+    square = x * x
+    series = ptx.fma(ptx.fma(np.float32(1.57394409e-2), square, np.float32(-5.23025580e-2)), square, np.float32(1.33152470e-1))
+    series = ptx.fma(series, square, np.float32(-3.33327681e-1))
+    near = ptx.fma(series * square, x, x)
+    far = np.float32(1) - np.float32(2) * ptx.reciprocal(np.float32(1) + ptx.exp2(np.float32(2 * LOG2E) * x))
+    return cap * (near if square < np.float32(0.3025) else far)
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -76,12 +88,11 @@ def store_four(out_gl, line, column, head_dim, a, b, c, d, kind):
 
 
 @cuda.jit(device=True, forceinline=True)
-def store_result(a, b, c, d, highest, total, token, head, column, group, head_dim, split, splits, out_gl, partial_gl, lse_gl, kind):
-    """Four sums of a row with its maximum and total: the output if there is one split, else a partial result and its log2(sum exp).
+def store_result(a, b, c, d, highest, total, line, column, head_dim, split, splits, out_gl, partial_gl, lse_gl, kind):
+    """Four sums of row `line` with its maximum and total: the output if there is one split, else a partial result and its log2(sum exp).
 
     Partial rows are head_dim floats, rounded up to 4. Where total is 0 nothing was seen: 0, or a log of -inf and no partial result.
     """
-    line = token * cuda.gridDim.y * group + head
     inverse = np.float32(0) if total == np.float32(0) else ptx.reciprocal(total)
     a, b, c, d = a * inverse, b * inverse, c * inverse, d * inverse
     if splits == 1:

@@ -13,7 +13,7 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, capped, load_bias, make_key_range, row_of, store_result
+from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of, store_result
 
 CACHES = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn")
 WARPS, KEYS, PARTS = 4, 4, 8  # of a block; of a warp's turn; of 32 lanes in the largest head_dim
@@ -58,13 +58,17 @@ def make(config: Config) -> Callable:
 
     def decode_plain(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
                      q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head, v_page, v_slot,
-                     v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, splits, window, kinds, scale, cap):
+                     v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window, kinds, scale, cap):
+        ptx.launch_dependents()
         shared_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
-        batch = np.int64(ptx.div_u32(cuda.blockIdx.x, row_tiles))
-        kv_head, split, kind = np.int64(cuda.blockIdx.y), np.int64(cuda.blockIdx.z), kinds >> 2
-        token, head = row_of(cuda.blockIdx.x - batch * row_tiles, kv_head, group)
-        length, start, low, high = key_range(np.int32(ptx.ld_global_32(np.int64(lengths_gl) + 4 * batch)), capacity, new, window, split, splits)
+        batch, kv_head, row, split = block_of(row_tiles, kv_heads)
+        if (batch * kv_heads + kv_head) * row_tiles + row >= blocks:
+            return
+        splits, kind = np.int32(cuda.gridDim.x), kinds >> 2
+        token, head = row_of(row, kv_head, group)
+        length = np.int32(ptx.ld_global_32(np.int64(lengths_gl) + 4 * batch))
+        length, start, low, high = key_range(length, capacity, new, window, split, splits)
         position = length - new + token
         value_scale = one
         if k_scale_gl != 0:
@@ -154,8 +158,9 @@ def make(config: Config) -> Callable:
                 weight *= value_scale
                 a, b = ptx.fma(weight, ptx.bits_f32(part[0]), a), ptx.fma(weight, ptx.bits_f32(part[1]), b)
                 c, d = ptx.fma(weight, ptx.bits_f32(part[2]), c), ptx.fma(weight, ptx.bits_f32(part[3]), d)
-            store_result(a, b, c, d, highest, total, batch * new + token, head, column, group, head_dim, split, splits, np.int64(out_gl),
-                         np.int64(partial_gl), np.int64(lse_gl), kind)
+            line = (batch * new + token) * kv_heads * group + head
+            store_result(a, b, c, d, highest, total, line, column, head_dim, split, splits, np.int64(out_gl), np.int64(partial_gl),
+                         np.int64(lse_gl), kind)
 
     return decode_plain
 

@@ -65,7 +65,8 @@ def make_narrow(cache: str, vec: int) -> Callable:
 
     @cuda.jit(device=True, forceinline=True)
     def word(values, at):
-        return byte(values[at]) | byte(values[at + 1]) << np.uint32(8) | byte(values[at + 2]) << np.uint32(16) | byte(values[at + 3]) << np.uint32(24)
+        low, high = byte(values[at]) | byte(values[at + 1]) << np.uint32(8), byte(values[at + 2]) | byte(values[at + 3]) << np.uint32(8)
+        return low | high << np.uint32(16)
 
     @cuda.jit(device=True, forceinline=True)
     def narrow_8(address, values):

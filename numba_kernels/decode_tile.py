@@ -1,0 +1,255 @@
+"""What a warp of decode_mma does with 16 keys: q's rows staged as B fragments, copies into its ring, scores, softmax, outputs.
+
+K is the A operand and q the B operand of mma.m16n8k16: s^T = K q^T, o^T = V^T p^T, which pads the rows to 8 and not to 16. 8-bit caches
+widen to float16 on the way from shared memory to the tensor cores.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numba import cuda
+
+from ftops.numba_kernels import ptx
+from ftops.numba_kernels.narrow import make_widen
+
+KEYS = 16  # keys a warp takes at a time: the k of one mma of p v
+NOTHING = -1e30  # a maximum before any key; finite, so that no difference of two is NaN
+SLACK = 8.0  # p may reach 2 ** 8 before the maximum moves: rescaling is rare, and the sums are float32
+
+
+@dataclass(frozen=True)
+class Config:
+    """dtype of the matrix products; cache: "16-bit", "int8" or "float8_e4m3fn"; rows a block: 8 or 16; warps a block; stages of a ring."""
+
+    dtype: str
+    cache: str
+    head_dim: int
+    rows: int
+    warps: int
+    stages: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.head_dim * (2 if self.cache == "16-bit" else 1)
+
+    @property
+    def q_in_registers(self) -> bool:
+        return self.head_dim * self.rows <= 2560
+
+    def shared(self) -> tuple[int, int, int, int, int]:
+        """Offsets of maxima and sums of each warp and the block, valid-key bits, q, its factors, the end. Outputs reuse the rings."""
+        sums = self.warps * self.rows * 4 * (self.head_dim + 4)
+        bits = max(self.warps * self.stages * 2 * KEYS * self.row_bytes, sums + (self.warps + 1) * self.rows * 8)
+        q = bits + -(-4 * self.warps * self.stages // 16) * 16
+        factors = q + self.rows * self.head_dim * 2
+        return sums, bits, q, factors, factors + 4 * self.rows
+
+
+def swizzle(units: int) -> tuple[int, int]:
+    """(shift, mask): 16-byte unit u of row r lies at u ^ ((r >> shift) & mask), so that 8 rows of one unit meet 8 different bank groups."""
+    common = 8 if units % 8 == 0 else 4 if units % 4 == 0 else 2 if units % 2 == 0 else 1
+    return {8: 0, 4: 1, 2: 2, 1: 3}[common], common - 1
+
+
+def lanes_a_row(units: int) -> int:
+    """Lanes that copy one row: all of its units at once if they are a power of two, else pieces of at least 64 bytes."""
+    power = units & -units
+    return min(32, power if power >= 4 or units < 4 else 8 if units == 5 else 4)
+
+
+@cuda.jit(device=True, forceinline=True)
+def lookup(table_gl, batch, key, page_size):
+    """(page, slot) of a key. A contiguous cache is a pool of one page a sequence."""
+    page, slot = np.uint32(batch), np.uint32(key)
+    if table_gl != 0:
+        index = ptx.div_u32(key, page_size)
+        page, slot = ptx.ld_global_32(table_gl + 4 * np.int64(index)), np.uint32(key - index * page_size)
+    return page, slot
+
+
+def make_stage_q(config: Config) -> Callable:
+    row_tiles_n, wide = config.rows // 8, config.cache == "16-bit"
+    q_units, q_threads = config.head_dim // 8, 32 * config.warps // config.rows
+    pair, one = ptx.PAIR[config.dtype], np.float32(1)
+    xor_1, xor_2, xor_4, xor_8 = (ptx.shuffle_xor[n] for n in (1, 2, 4, 8))
+
+    @cuda.jit(device=True, forceinline=True)
+    def stage_q(q_gl, q_sh, factor_sh, thread, valid, head_dim, scale, kind):
+        """q's rows into shared memory as B fragments: word (step, n, g, t, half) is values 16 step + 8 half + 2 t of row 8 n + g.
+
+        Beside an 8-bit cache lane t takes values 4 t .. 4 t + 3, as ldmatrix gives the bytes of K, and bfloat16 becomes float16 under a
+        power of two that brings the row's largest value to [1, 2); the row's factor is scale over that power.
+        """
+        row, first = thread // q_threads, thread % q_threads
+        to_sh = q_sh + 256 * (row >> 3) + 32 * (row & 7)
+        top = np.int64(0)
+        for unit in range(first, q_units, q_threads):
+            words = (np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0))
+            if valid and 8 * unit < head_dim:
+                words = ptx.ld_global_128(q_gl + 16 * unit)
+            unit_sh = to_sh + 256 * row_tiles_n * (unit >> 1)
+            if wide:
+                for i in range(4):
+                    ptx.st_shared_32(unit_sh + 4 * (unit & 1) + 8 * i, words[i])
+            else:
+                ptx.st_shared_128(unit_sh + 16 * (unit & 1), words[0], words[1], words[2], words[3])
+                for i in range(4):
+                    top = max(top, max(words[i] & 0x7FFF0000, (words[i] << 16) & 0x7FFF0000))
+        if not wide:
+            largest = ptx.bits_f32(top)
+            if q_threads >= 16:
+                largest = ptx.maximum(largest, xor_8(largest))
+            if q_threads >= 8:
+                largest = ptx.maximum(largest, xor_4(largest))
+            largest = ptx.maximum(largest, xor_2(largest))
+            largest = ptx.maximum(largest, xor_1(largest))
+            power = one
+            if kind == 2:
+                exponent = ptx.f32_bits(largest) & 0x7F800000
+                power, inverse = ptx.bits_f32(exponent), ptx.bits_f32(0x7F000000 - exponent)
+                for unit in range(first, q_units, q_threads):
+                    unit_sh = to_sh + 256 * row_tiles_n * (unit >> 1) + 16 * (unit & 1)
+                    words = ptx.ld_shared_128(unit_sh)
+                    for i in range(4):
+                        ptx.st_shared_32(unit_sh + 4 * i, pair(ptx.bf16_low(words[i]) * inverse, ptx.bf16_high(words[i]) * inverse))
+            if first == 0:
+                ptx.st_shared_f32(factor_sh + 4 * row, scale * power)
+
+    return stage_q
+
+
+def make_copy_keys(config: Config) -> Callable:
+    row_bytes, units = config.row_bytes, config.row_bytes // 16
+    (shift, mask), lanes = swizzle(units), lanes_a_row(units)
+    rows_a_copy, columns, copies = 32 // lanes, -(-units // lanes), -(-KEYS * lanes // 32)
+    half_stage, last_column_full = KEYS * row_bytes, units % lanes == 0
+
+    @cuda.jit(device=True, forceinline=True)
+    def copy_keys(k_gl, v_gl, stage_sh, bits, lane, page, slot, k_page, k_slot, v_page, v_slot, real_units):
+        """Starts the copies of 16 keys; what is not valid or past head_dim becomes zero. Lane l holds the page and slot of key l & 15."""
+        for i in range(copies):
+            row = i * rows_a_copy + lane // lanes
+            row_page, row_slot = np.int64(ptx.shuffle_index(page, row)), np.int64(ptx.shuffle_index(slot, row))
+            k_at, v_at, there = np.int64(0), np.int64(0), np.int64(0)
+            if (bits >> row) & 1 != 0:
+                k_at, v_at, there = row_page * k_page + row_slot * k_slot, row_page * v_page + row_slot * v_slot, real_units
+            row_sh, turn = stage_sh + row * row_bytes, (row >> shift) & mask
+            for j in range(columns):
+                column = lane % lanes + j * lanes
+                if last_column_full or column < units:
+                    size = 16 if column < there else 0
+                    at = column if column < there else 0
+                    ptx.cp_async_16(row_sh + ((column ^ turn) << 4), k_gl + ((k_at + at) << 4), size)
+                    ptx.cp_async_16(row_sh + half_stage + ((column ^ turn) << 4), v_gl + ((v_at + at) << 4), size)
+
+    return copy_keys
+
+
+def make_scores(config: Config, chains: int) -> Callable:
+    """`chains` independent accumulators of s, so that two mma are in flight."""
+    steps, row_tiles_n, row_bytes, wide = config.head_dim // 16, config.rows // 8, config.row_bytes, config.cache == "16-bit"
+    (shift, mask), q_registers = swizzle(row_bytes // 16), config.q_in_registers
+    mma, (widen_pairs, _) = ptx.MMA[config.dtype], make_widen(config.cache)
+
+    @cuda.jit(device=True, forceinline=True)
+    def score_step(score, j, a0, a1, a2, a3, q, q_sh):
+        for n in range(row_tiles_n):
+            if q_registers:
+                mma(score, 4 * (n * chains + j % chains), a0, a1, a2, a3, q[2 * (j * row_tiles_n + n)], q[2 * (j * row_tiles_n + n) + 1])
+            else:
+                b = ptx.ld_shared_64(q_sh + 256 * (j * row_tiles_n + n))
+                mma(score, 4 * (n * chains + j % chains), a0, a1, a2, a3, b[0], b[1])
+
+    @cuda.jit(device=True, forceinline=True)
+    def scores(score, k_sh, lane, q, q_sh):
+        """score += K q^T: keys g and g + 8 by rows 2 t and 2 t + 1, as mma lays out its result."""
+        row, high = lane & 15, lane >> 4
+        row_sh, turn = k_sh + row * row_bytes, (row >> shift) & mask
+        if wide:
+            for j in range(steps):
+                a = ptx.ldmatrix_x4(row_sh + (((high + 2 * j) ^ turn) << 4))
+                score_step(score, j, a[0], a[1], a[2], a[3], q, q_sh)
+        else:
+            for j in range((steps + 1) // 2):
+                unit = high + 2 * j if 2 * j + 1 < steps else 2 * j
+                words = ptx.ldmatrix_x4(row_sh + ((unit ^ turn) << 4))
+                a0, a2 = widen_pairs(words[0])
+                a1, a3 = widen_pairs(words[1])
+                score_step(score, 2 * j, a0, a1, a2, a3, q, q_sh)
+                if 2 * j + 1 < steps:
+                    a0, a2 = widen_pairs(words[2])
+                    a1, a3 = widen_pairs(words[3])
+                    score_step(score, 2 * j + 1, a0, a1, a2, a3, q, q_sh)
+
+    return scores
+
+
+def make_outputs(config: Config) -> Callable:
+    steps, row_tiles_n, row_bytes, wide = config.head_dim // 16, config.rows // 8, config.row_bytes, config.cache == "16-bit"
+    shift, mask = swizzle(row_bytes // 16)
+    mma, (_, widen_columns) = ptx.MMA[config.dtype], make_widen(config.cache)
+
+    @cuda.jit(device=True, forceinline=True)
+    def output_step(acc, j, a0, a1, a2, a3, p):
+        for n in range(row_tiles_n):
+            mma(acc, 4 * (j * row_tiles_n + n), a0, a1, a2, a3, p[2 * n], p[2 * n + 1])
+
+    @cuda.jit(device=True, forceinline=True)
+    def outputs(acc, v_sh, lane, p):
+        """acc += V^T p^T: 16 of head_dim by 8 rows an mma. Bytes are transposed in pairs: a0 has the even ones of 16, a1 the odd ones."""
+        row, high = lane & 15, lane >> 4
+        if wide:
+            row, high = (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1
+        row_sh, turn = v_sh + row * row_bytes, (row >> shift) & mask
+        if wide:
+            for j in range(steps):
+                a = ptx.ldmatrix_x4_trans(row_sh + (((high + 2 * j) ^ turn) << 4))
+                output_step(acc, j, a[0], a[1], a[2], a[3], p)
+        else:
+            for j in range((steps + 1) // 2):
+                unit = high + 2 * j if 2 * j + 1 < steps else 2 * j
+                words = ptx.ldmatrix_x4_trans(row_sh + ((unit ^ turn) << 4))
+                a0, a1 = widen_columns(words[0])
+                a2, a3 = widen_columns(words[1])
+                output_step(acc, 2 * j, a0, a1, a2, a3, p)
+                if 2 * j + 1 < steps:
+                    a0, a1 = widen_columns(words[2])
+                    a2, a3 = widen_columns(words[3])
+                    output_step(acc, 2 * j + 1, a0, a1, a2, a3, p)
+
+    return outputs
+
+
+def make_softmax(config: Config) -> Callable:
+    steps, row_tiles_n = config.head_dim // 16, config.rows // 8
+    n_x, n_row, slack, pair = 4 * row_tiles_n, 2 * row_tiles_n, np.float32(SLACK), ptx.PAIR[config.dtype]
+    xor_4, xor_8, xor_16 = (ptx.shuffle_xor[n] for n in (4, 8, 16))
+
+    @cuda.jit(device=True, forceinline=True)
+    def softmax(x, acc, top, total, p):
+        """p := exp2(x - top) as B fragments, total += p. The maximum moves, and what was summed is rescaled, only past SLACK."""
+        rises = np.uint32(0)
+        for r in range(n_row):
+            if ptx.maximum(x[2 * (r & 2) + (r & 1)], x[2 * (r & 2) + (r & 1) + 2]) > top[r] + slack:
+                rises = np.uint32(1)
+        if ptx.ballot(rises) != 0:
+            for r in range(n_row):
+                highest = ptx.maximum(x[2 * (r & 2) + (r & 1)], x[2 * (r & 2) + (r & 1) + 2])
+                highest = ptx.maximum(highest, xor_4(highest))
+                highest = ptx.maximum(highest, xor_8(highest))
+                highest = ptx.maximum(ptx.maximum(highest, xor_16(highest)), top[r])
+                rescale = ptx.exp2(top[r] - highest)
+                top[r] = highest
+                total[r] *= rescale
+                for j in range(steps):
+                    acc[4 * (j * row_tiles_n + (r >> 1)) + (r & 1)] *= rescale
+                    acc[4 * (j * row_tiles_n + (r >> 1)) + (r & 1) + 2] *= rescale
+        for i in range(n_x):
+            x[i] = ptx.exp2(x[i] - top[2 * (i >> 2) + (i & 1)])
+            total[2 * (i >> 2) + (i & 1)] += x[i]
+        for i in range(n_row):
+            p[i] = ptx.movmatrix_trans(pair(x[2 * i], x[2 * i + 1]))
+
+    return softmax
