@@ -9,14 +9,15 @@ from functools import reduce
 from typing import Any, Literal
 
 import torch
+from transformers.activations import ACT2FN
 
 from ftops.block import BlockSpec, Freqs
 
 __all__ = ["Arch", "Unfit", "follow", "replace"]
 
 # transformers' names of the activations that the ops have.
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-               "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "relu": "relu", "quick_gelu": "quick_gelu"}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+               "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "quick_gelu": "quick_gelu"}
 
 
 class Unfit(Exception):
@@ -24,8 +25,19 @@ class Unfit(Exception):
 
 
 def follow(root: Any, path: str) -> Any:
-    """The attribute of `root` at `path`."""
-    return reduce(getattr, path.split("."), root)
+    """The attribute of `root` at `path`. Raises Unfit if there is none."""
+    try:
+        return reduce(getattr, path.split("."), root)
+    except AttributeError:
+        raise Unfit(f"it has no {path}") from None
+
+
+def activation_kind(module: object) -> str:
+    """What the ops call the activation that `module` computes. Raises Unfit."""
+    for name, kind in ACTIVATIONS.items():
+        if type(module) is type(ACT2FN[name]):
+            return kind
+    raise Unfit(f"activation {type(module).__name__} is not served")
 
 
 @dataclass(frozen=True)
@@ -40,11 +52,11 @@ class Arch:
     out: str
     up: tuple[str, ...]
     down: str
+    activation: str
     qk_norms: tuple[str, str] | None = None
     order: Literal["pre", "post", "parallel"] = "pre"
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
-    activation: str = "hidden_act"
     dropouts: tuple[str, ...] = ()
     window: str | None = None
     rotary: Literal["half", "interleaved"] | None = None
@@ -71,9 +83,6 @@ class Arch:
         for option in self.refuse:
             if getattr(config, option, False):
                 raise Unfit(f"{option}={getattr(config, option)} is not served")
-        kind = getattr(config, self.activation)
-        if kind not in ACTIVATIONS:
-            raise Unfit(f"activation {kind!r} is not served")
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         if head_dim > 256:
@@ -88,7 +97,7 @@ class Arch:
         return BlockSpec(
             heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim,
             order=self.order, norm=self.norm, eps=eps.pop(), norm_offset=self.norm_offset,
-            activation=ACTIVATIONS[kind], gated=len(self.up) == 2,
+            activation=activation_kind(follow(layer, self.activation)), gated=len(self.up) == 2,
             scale=getattr(attention, "scaling", head_dim ** -0.5), causal=attention.is_causal and getattr(config, "is_causal", True),
             # transformers counts the token itself
             window=None if window is None else window - 1,
@@ -110,4 +119,4 @@ class Arch:
 
 
 def _eps(norm: torch.nn.Module) -> float:
-    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else follow(norm, "eps")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 
 from ftops.block import Block, BlockSpec
 from ftops.integrations.transformers.arch import Arch, Unfit, follow
@@ -20,18 +21,26 @@ from ftops.integrations.transformers.attention import INSTEAD, ROWS, SILENT, wei
 from ftops.integrations.transformers.cache import attend, causal_bias, is_rows, unfit_cache
 from ftops.integrations.transformers.weights import assemble, check_parts, release
 
+# Where the modules inside of a layer may come from, besides the layer's own file.
+KNOWN = ("torch.nn.modules.", "transformers.activations", "transformers.pytorch_utils")
 # Arguments of a layer's forward that the block uses or that change nothing; any other one that is given means a fallback.
 SERVED = (SILENT | {"hidden_states", "attention_mask", "layer_past"}) - {"is_causal"}
 
 
 def examine(arch: Arch, layer: nn.Module) -> BlockSpec:
     """The block that can take the layer's place. Raises Unfit with the reason if none can. Changes nothing."""
-    if "forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__:
-        raise Unfit("its forward was replaced on the instance")
     for name, module in layer.named_modules():
         hook = module.__dict__.get("_hf_hook")
         if hook is not None and (name or getattr(hook, "offload", True)):
             raise Unfit("accelerate offloads it" if getattr(hook, "offload", True) else f"accelerate hooks {name}")
+        if hook is None and not own_forward(module):
+            raise Unfit(f"the forward of {name or 'the layer'} was replaced")
+        kind = original_class(module)
+        if not kind.__module__.startswith(KNOWN) and kind.__module__ != type(layer).__module__:
+            raise Unfit(f"{name} is a {kind.__name__} of {kind.__module__}")
+        owner = next(base for base in kind.__mro__ if "forward" in base.__dict__)
+        if owner.forward.__module__ != owner.__module__:
+            raise Unfit(f"the forward of {owner.__name__} was replaced")
     spec = arch.spec(layer)
     check_parts(arch, layer, spec)
     return spec
@@ -66,26 +75,29 @@ class State:
         for tensor in _tensors(self.block):
             # As transformers does for its static caches: without it CUDA graphs of torch.compile would copy the weights at each replay.
             torch._dynamo.mark_static_address(tensor)
-        self._inner = tuple(module for module in layer.modules() if module is not layer)
-        self._held = tuple((module.__dict__[kind], name, held) for module in (layer, *self._inner) for kind in ("_modules", "_parameters")
-                           for name, held in module.__dict__[kind].items())
+        inner = tuple(module for module in layer.modules() if module is not layer)
+        self._hooks = tuple(hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks))
+        self._held = (*((module.__dict__[kind], name, held) for module in (layer, *inner) for kind in ("_modules", "_parameters")
+                        for name, held in module.__dict__[kind].items()),
+                      *((module.__dict__, "forward", module.__dict__.get("forward")) for module in inner))
+        self._memory = tuple((parameter, parameter.data_ptr()) for parameter in layer.parameters())
 
     def disturbed(self) -> str | None:
         """Whether someone put other modules, parameters or hooks inside the layer, which the block would pass by."""
         for owner, name, held in self._held:
             if owner.get(name) is not held:
                 return f"{name} was replaced; call ftops.patch(model) again"
-        for module in self._inner:
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                if hooks and any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks.values()):
-                    return f"hook on {type(module).__name__}"
+        for parameter, address in self._memory:
+            if parameter.data_ptr() != address:
+                return "parameters were given other memory; call ftops.patch(model) again"
+        for hooks in (*self._hooks, module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks):
+            if hooks and any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks.values()):
+                return "hooks inside"
         return None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+    def __getstate__(self) -> dict[str, Any]:
         # The copied layer builds its own block once its parts are copied, in __setstate__.
-        copy = object.__new__(State)
-        copy.arch, copy.before, copy.arguments, copy.fallbacks = self.arch, self.before, self.arguments, Counter(self.fallbacks)
-        return copy
+        return {"arch": self.arch, "before": self.before, "arguments": self.arguments, "fallbacks": Counter(self.fallbacks)}
 
 
 class FusedLayer:
@@ -200,8 +212,15 @@ def restore_layer(layer: nn.Module) -> None:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the mixin of a swapped module stands before."""
-    return type(module).__bases__[1]
+    """The module's class; of a swapped module, the class that the mixin stands before."""
+    kind = type(module)
+    return kind.__bases__[1] if "_ftops" in module.__dict__ else kind
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Whether the module runs its class's forward. accelerate, when it takes a hook off, leaves that one on the instance."""
+    forward = module.__dict__.get("forward")
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
 def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -210,6 +229,7 @@ def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
     if hook is not None:
         from accelerate.hooks import add_hook_to_module, remove_hook_from_module
         remove_hook_from_module(module)
+    if own_forward(module):
         module.__dict__.pop("forward", None)
     module.__class__ = kind
     if hook is not None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ftops import ops
 from ftops.integrations.transformers.arch import Unfit
-from ftops.integrations.transformers.layer import change_class, original_class
+from ftops.integrations.transformers.layer import change_class, original_class, own_forward
 from ftops.op import DTYPES
 
 
@@ -42,8 +42,8 @@ def examine_norm(module: nn.Module) -> NormState:
     hook = module.__dict__.get("_hf_hook")
     if hook is not None and getattr(hook, "offload", True):
         raise Unfit("accelerate offloads it")
-    if hook is None and "forward" in module.__dict__:
-        raise Unfit("its forward was replaced on the instance")
+    if hook is None and not own_forward(module):
+        raise Unfit("its forward was replaced")
     if module.weight.device.type not in ("cpu", "cuda") or module.weight.dtype not in DTYPES or type(module.weight) is not nn.Parameter:
         raise Unfit(f"its weight is {module.weight.dtype} on {module.weight.device.type}")
     if type(module).forward is nn.LayerNorm.forward:

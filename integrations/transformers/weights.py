@@ -22,10 +22,16 @@ def parts(arch: Arch) -> tuple[str, ...]:
 
 def check_parts(arch: Arch, layer: nn.Module, spec: BlockSpec) -> None:
     """Raises Unfit, naming the part, for weights that the block cannot use as they are. Changes nothing."""
+    norms = (*arch.norms, *(arch.qk_norms or ()))
     for path in parts(arch):
         part = follow(layer, path)
-        if path not in arch.norms and path not in (arch.qk_norms or ()) and type(part) not in (nn.Linear, Conv1D):
-            raise Unfit(f"{path} is a {type(part).__name__}, not a plain linear")
+        kind = type(part)
+        if path not in norms and kind not in (nn.Linear, Conv1D):
+            raise Unfit(f"{path} is a {kind.__name__}, not a plain linear")
+        if path in norms and (kind is not nn.LayerNorm if arch.norm == "layer" else kind.__module__ != type(layer).__module__):
+            raise Unfit(f"{path} is a {kind.__name__}, not the family's own norm")
+        if part.weight is None:
+            raise Unfit(f"{path} has no weight")
     parameters = list(_parameters(arch, layer))
     for path, parameter in parameters:
         if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:

@@ -12,6 +12,7 @@ ARCH = Arch(
     out="attention.output.dense",
     up=("intermediate.dense",),
     down="output.dense",
+    activation="intermediate.intermediate_act_fn",
     order="post",
     norm="layer",
     dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),

@@ -12,8 +12,8 @@ ARCH = Arch(
     out="attn.c_proj",
     up=("mlp.c_fc",),
     down="mlp.c_proj",
+    activation="mlp.act",
     norm="layer",
-    activation="activation_function",
     dropouts=("attn_pdrop", "resid_pdrop"),
     refuse=("add_cross_attention",),
 )

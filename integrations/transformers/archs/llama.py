@@ -12,6 +12,7 @@ ARCH = Arch(
     out="self_attn.o_proj",
     up=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
+    activation="mlp.act_fn",
     rotary="half",
     dropouts=("attention_dropout",),
 )
