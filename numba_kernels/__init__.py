@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from ftops.numba_kernels.compile import Spec
 
 KERNELS = (
+    "append_kv",
     "attention",
     "bias_activation",
+    "decode_attention",
     "gated_activation",
     "layer_norm",
     "rms_norm",
