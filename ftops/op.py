@@ -16,18 +16,32 @@ LIBRARY = torch.library.Library("ftops", "FRAGMENT")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[[], Callable[..., Any]],
+             fake: Callable[..., Any]) -> torch._ops.OpOverload:
     """Registers `schema` (e.g. "rms_norm(Tensor x, ...) -> Tensor") under the namespace ftops and returns its handle.
 
-    cpu, cuda: implementations for tensors on those devices. fake: the same signature, on shapes and dtypes alone, for tracing.
+    cpu: the implementation for tensors there. cuda: gives the one for a GPU; asked once, when a tensor on a GPU first comes, since it
+    imports Numba. fake: the same signature, on shapes and dtypes alone, for tracing.
     Ops have no derivative: called on tensors that require grad while grad mode is on, their public functions raise (`check_tensors`).
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, _at_first_call(cuda), "CUDA")
     torch.library.register_fake(f"ftops::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.ftops, name).default
+
+
+def _at_first_call(give: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    found = None
+
+    def call(*args: Any) -> Any:
+        nonlocal found
+        if found is None:
+            found = give()
+        return found(*args)
+
+    return call
 
 
 def invalid(op: str, argument: str, got: object, allowed: str) -> ValueError:

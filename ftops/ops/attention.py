@@ -4,7 +4,8 @@ Dao et al., "FlashAttention", 2022, and Dao, "FlashAttention-2", 2023. The formu
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,9 @@ def _cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale:
     return out.transpose(1, 2).contiguous()
 
 
-def _cuda(q: torch.Tensor, *args: object) -> torch.Tensor:
+def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.attention import launch
-    return launch(q, *args)
+    return launch
 
 
 ATTENTION = register(

@@ -4,8 +4,9 @@ Sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. The formula with every op
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -37,9 +38,9 @@ def _cpu(*args: object) -> torch.Tensor:
     return _each(attention_cpu, *args)
 
 
-def _cuda(*args: object) -> torch.Tensor:
+def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.attention import launch_varlen
-    return launch_varlen(*args)
+    return launch_varlen
 
 
 ATTENTION_VARLEN = register(

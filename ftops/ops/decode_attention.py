@@ -5,7 +5,8 @@ Query t of T sits at lengths[b] - T + t. The cache is contiguous or paged, in q'
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -43,9 +44,9 @@ def reference(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, len
     return out.to(q.dtype)
 
 
-def _cuda(*args: object) -> torch.Tensor:
+def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.decode_attention import launch
-    return launch(*args)
+    return launch
 
 
 DECODE_ATTENTION = register(
