@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ftops.op import DTYPES
@@ -22,7 +22,8 @@ FUNCTIONS = {
     F.rms_norm: "rms_norm", torch.rms_norm: "rms_norm", F.scaled_dot_product_attention: "attention",
 }
 CASTS = ("to", "float", "type_as", "half", "bfloat16")
-IN_PLACE = {operator.setitem, *(getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv"))}
+IN_PLACE = {operator.setitem, *(getattr(operator, name) for name in (
+    "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"))}
 RESTRIDED = ("transpose", "permute", "unsqueeze", "squeeze", "expand", "unflatten", "flatten", "reshape")
 
 
@@ -47,10 +48,20 @@ def value(node: Any) -> Any:
 
 
 def same(left: Any, right: Any) -> bool:
-    """Known to be equal; asking a symbolic size in any other way would fix it."""
+    """Whether sizes are equal. Two symbols may become one; no symbol becomes a number, which would mean a compilation for each."""
     if isinstance(left, (tuple, list)):
         return len(left) == len(right) and all(same(one, other) for one, other in zip(left, right, strict=True))
-    return bool(statically_known_true(left == right))
+    if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt):
+        return guard_or_false(left == right)
+    return statically_known_true(left == right)
+
+
+def number(item: Any) -> float | None:
+    """A constant, or a float attribute of a module, which dynamic=True makes a symbol (it becomes a number again); else None."""
+    found = value(item)
+    if isinstance(found, torch.SymFloat) and (found.node.expr.is_symbol or found.node.expr.is_number):
+        return float(found)
+    return found if isinstance(found, (int, float)) else None
 
 
 def bound(node: Node, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -68,13 +79,24 @@ def check_served(node: Node, *inputs: Any) -> None:
     keep_if(tensors[0].device.type not in ("cpu", "cuda"), f"device {tensors[0].device.type}")
 
 
+def writes(node: Node) -> bool:
+    """Whether it may change one of its inputs."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if node.op == "call_module" or isinstance(target, (torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)):
+        return True
+    name = target if node.op == "call_method" else getattr(target, "__name__", "") if node.op == "call_function" else ""
+    in_place = target in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
 def undisturbed(first: Node, last: Node) -> bool:
     """No node from `first` to `last` writes in place: then the order in which they read does not matter."""
     node = first
     while node is not last:
         node = node.next
-        method = node.target if node.op == "call_method" else ""
-        if node.target in IN_PLACE or (method.endswith("_") and not method.endswith("__")) or node.kwargs.get("inplace") or "out" in node.kwargs:
+        if writes(node):
             return False
     return True
 
@@ -95,5 +117,5 @@ def drop(node: Node) -> None:
     if not node.users and (kind_of(node) in (*FUNCTIONS.values(), *CASTS, *RESTRIDED) or node.target is operator.getitem):
         inputs = node.all_input_nodes
         node.graph.erase_node(node)
-        for item in inputs:
+        for item in [item for item in inputs if not item.users]:
             drop(item)

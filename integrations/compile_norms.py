@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ftops.integrations.compile_graph import CASTS, Kept, bound, check_served, keep_if, kind_of, replace, same, undisturbed, value
+from ftops.integrations.compile_graph import CASTS, Kept, bound, check_served, keep_if, kind_of, number, replace, same, undisturbed, value
 from ftops.ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ftops.ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 
@@ -34,7 +34,7 @@ def layer_norm(node: Node) -> Norm:
     vectors = (call["weight"], call["bias"])
     check_served(node, call["input"], *(v for v in vectors if v is not None))
     keep_if(len(call["normalized_shape"]) != 1, "over more than the last dimension")
-    return Norm("layer_norm", node, node, call["input"], vectors, (call["eps"],))
+    return Norm("layer_norm", node, node, call["input"], vectors, (eps_of(call),))
 
 
 def rms_norm(node: Node) -> Norm:
@@ -42,8 +42,13 @@ def rms_norm(node: Node) -> Norm:
     keep_if(call["weight"] is None, "no weight")
     check_served(node, call["input"], call["weight"])
     keep_if(len(call["normalized_shape"]) != 1, "over more than the last dimension")
-    keep_if(call["eps"] is None, "no eps")
-    return Norm("rms_norm", node, node, call["input"], (call["weight"],), (call["eps"], 0.0))
+    return Norm("rms_norm", node, node, call["input"], (call["weight"],), (eps_of(call), 0.0))
+
+
+def eps_of(call: dict[str, Any]) -> float:
+    eps = number(call["eps"])
+    keep_if(eps is None, "no eps, or a computed one")
+    return eps
 
 
 def written_out_rms_norm(node: Node) -> Norm | None:
@@ -82,7 +87,7 @@ def scaled_by_weight(rsqrt: Node, x: Node) -> tuple[Node, Node, float] | None:
             if multiplied:
                 inner, constant = with_constant(other, "add")
                 weight, offset = (other, 0.0) if inner is None else (widened(inner), constant)
-                if not is_parameter(weight) or not same(value(weight).shape, value(x).shape[-1:]):
+                if not is_parameter(weight) or not same(value(weight).shape, (int(value(x).shape[-1]),)):
                     return None
             elif other is not x:
                 return None
@@ -102,11 +107,11 @@ def is_parameter(node: Any) -> bool:
 
 
 def with_constant(node: Any, kind: str) -> tuple[Node | None, float]:
-    """node = kind(inner, number), either way round, as (inner, number); (None, 0) if it is not."""
+    """node = kind(tensor, number), either way round, as (tensor, number); (None, 0) if it is not."""
     if kind_of(node) == kind and len(node.args) == 2 and not node.kwargs:
-        for inner, number in (node.args, node.args[::-1]):
-            if isinstance(inner, Node) and isinstance(number, (int, float)):
-                return inner, float(number)
+        for inner, other in (node.args, node.args[::-1]):
+            if isinstance(value(inner), torch.Tensor) and number(other) is not None:
+                return inner, float(number(other))
     return None, 0.0
 
 
@@ -139,6 +144,6 @@ def swap_norm(node: Node) -> tuple[str, bool] | None:
     with graph.inserting_before(x):
         both = graph.call_function(fused, (*terms, *rest))
         y, total = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
-    replace(norm.node, y)
     replace(x, total)
+    replace(norm.node, y)
     return norm.kind, True
