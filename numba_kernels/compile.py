@@ -15,7 +15,7 @@ import re
 import struct
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +35,7 @@ class Spec:
     signature: one letter a parameter: p = pointer, i = int32, u = uint32, l = int64, f = float32, t = tensor map (128 bytes, first of all).
     threads: of a block, the launch bound. shared_bytes: dynamic shared memory, up to 227 KiB. min_blocks: resident blocks per
     multiprocessor that registers must allow. cluster: blocks of a cluster (sm_90 and up). dependent: programmatic dependent launch.
-    spills: bytes of spills that are known, and why beside the Config. only: the one architecture whose instructions it uses, if it is for one.
+    spills: bytes of spills that are known, and why beside the Config. only: the one architecture whose instructions it uses, or None.
     """
 
     make: Callable[[Any], Callable]
@@ -72,23 +72,44 @@ def cubin(spec: Spec, arch: str) -> Cubin:
 
     Raises RuntimeError when the CUDA compiler libraries are missing (pip install "ftops[cu13]").
     """
-    path = cache_folder() / f"{_key(spec, arch)}.cubin"
-    stored = _read(path)
-    if stored is None:
-        stored = compile_spec(spec, arch)
-        _write(path, stored)
-    return stored
+    return cubins(spec, (arch,))[0]
 
 
-def compile_spec(spec: Spec, arch: str) -> Cubin:
-    """Compiles without looking at the disk cache."""
+def cubins(spec: Spec, arches: Sequence[str]) -> list[Cubin]:
+    """`cubin` for each of `arches`, in ascending order; several together cost little more than one."""
+    paths = {arch: cache_folder() / f"{_key(spec, arch)}.cubin" for arch in arches}
+    made = {arch: _read(path) for arch, path in paths.items()}
+    for new in compile_spec(spec, [arch for arch in arches if made[arch] is None]):
+        made[new.arch] = new
+        _write(paths[new.arch], new)
+    return [made[arch] for arch in arches]
+
+
+def compile_spec(spec: Spec, arches: Sequence[str]) -> Iterator[Cubin]:
+    """Compiles without looking at the disk cache.
+
+    Numba takes four times as long as the linker. LTO-IR of a first architecture without a suffix is linked for those after it, which gives
+    the same cubins byte for byte, unless a PTX text depends on the architecture.
+    """
+    shared = None
+    for arch in arches:
+        ltoir, general = (shared, True) if shared else _lto_ir(spec, arch)
+        shared = ltoir if general and arch[-1].isdigit() else None
+        yield _link(spec, ltoir, arch)
+
+
+def _lto_ir(spec: Spec, arch: str) -> tuple[bytes, bool]:
+    """(LTO-IR, whether it serves later architectures too)."""
     try:
-        from cuda.bindings import nvjitlink
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+        for library in ("nvvm", "nvJitLink", "nvrtc"):
+            load_nvidia_dynamic_lib(library)
         from numba import cuda
         from numba.cuda import dispatcher, types
-    except ImportError as error:
-        raise RuntimeError(f"compiling {spec.name}: {error}; the CUDA compiler libraries are missing, pip install \"ftops[cu13]\" "
-                           "(or [cu12] for a CUDA 12 driver)") from error
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError(f"compiling {spec.name}: the CUDA compiler libraries are missing, pip install \"ftops[cu13]\" "
+                           f"(or [cu12] for a CUDA 12 driver): {error}") from error
+    from ftops.numba_kernels import ptx
     letters = {"p": types.uint64, "i": types.int32, "u": types.uint32, "l": types.int64, "f": types.float32,
                "t": types.CPointer(types.UniTuple(types.uint64, 16))}
     capability = re.fullmatch(r"sm_(\d+)(\d)([af]?)", arch).groups()
@@ -97,22 +118,28 @@ def compile_spec(spec: Spec, arch: str) -> Cubin:
         # Numba asks the current device for its capability when it meets a nested device function; here the target answers.
         ask = dispatcher.get_current_device
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc[:2])
+        ptx.asked_for_target.clear()
         try:
-            ltoir, _ = cuda.compile(spec.make(spec.config), types.void(*(letters[c] for c in spec.signature)), device=False, abi="numba", cc=cc,
-                                    launch_bounds=(spec.threads, spec.min_blocks), output="ltoir")
+            ltoir, _ = cuda.compile(spec.make(spec.config), types.void(*(letters[c] for c in spec.signature)), device=False, abi="numba",
+                                    cc=cc, launch_bounds=(spec.threads, spec.min_blocks), output="ltoir")
         finally:
             dispatcher.get_current_device = ask
-        options = [f"-arch={arch}", "-lto", "-verbose"]
-        link = nvjitlink.create(len(options), options)
-        try:
-            nvjitlink.add_data(link, nvjitlink.InputType.LTOIR, bytes(ltoir), len(bytes(ltoir)), spec.make.__name__)
-            nvjitlink.complete(link)
-            log = bytearray(nvjitlink.get_info_log_size(link))
-            nvjitlink.get_info_log(link, log)
-            code = bytearray(nvjitlink.get_linked_cubin_size(link))
-            nvjitlink.get_linked_cubin(link, code)
-        finally:
-            nvjitlink.destroy(link)
+        return bytes(ltoir), not ptx.asked_for_target
+
+
+def _link(spec: Spec, ltoir: bytes, arch: str) -> Cubin:
+    from cuda.bindings import nvjitlink
+    options = [f"-arch={arch}", "-lto", "-verbose"]
+    link = nvjitlink.create(len(options), options)
+    try:
+        nvjitlink.add_data(link, nvjitlink.InputType.LTOIR, ltoir, len(ltoir), spec.make.__name__)
+        nvjitlink.complete(link)
+        log = bytearray(nvjitlink.get_info_log_size(link))
+        nvjitlink.get_info_log(link, log)
+        code = bytearray(nvjitlink.get_linked_cubin_size(link))
+        nvjitlink.get_linked_cubin(link, code)
+    finally:
+        nvjitlink.destroy(link)
     text = log.decode(errors="replace")
     return Cubin(code=bytes(code), entry=code[code.index(b".text.") + 6:].split(b"\0")[0].decode(), arch=arch,
                  registers=_number(r"(\d+) registers", text), spill_bytes=_number(r"(\d+) bytes spill stores", text) +
@@ -141,7 +168,8 @@ def _key(spec: Spec, arch: str) -> str:
 @functools.cache
 def _versions() -> tuple[str, ...]:
     installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    wanted = [n for n in installed if n in ("numba", "numba-cuda", "llvmlite") or re.match(r"nvidia-(nvvm|nvjitlink|cuda-nvcc)|cuda-bindings", n)]
+    ours = re.compile(r"(numba|numba-cuda|llvmlite|cuda-bindings|nvidia-(nvvm|nvjitlink|cuda-nvcc).*)$")
+    wanted = [name for name in installed if ours.match(name)]
     return tuple(f"{name}=={installed[name]}" for name in sorted(wanted))
 
 

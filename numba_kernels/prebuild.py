@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from ftops.numba_kernels import KERNELS, variants_of
-from ftops.numba_kernels.compile import Cubin, Spec, cubin
+from ftops.numba_kernels.compile import Cubin, Spec, cubins
 
 
 def complaints(spec: Spec, made: Cubin) -> str:
@@ -23,19 +23,19 @@ def complaints(spec: Spec, made: Cubin) -> str:
     return "; ".join(wrong)
 
 
-def build_kernel(name: str, index: int, arch: str) -> tuple[str, int, str]:
-    """Compiles variant `index` of kernel `name`; (name of the variant, registers, what is wrong). Specs do not travel between processes."""
+def build_kernel(name: str, index: int, arches: list[str]) -> list[tuple[str, str, Cubin, str]]:
+    """Compiles variant `index` of kernel `name`: (arch, variant, cubin, what is wrong). Specs do not travel between processes."""
     spec = list(variants_of(name))[index]
-    made = cubin(spec, arch)
-    return spec.name, made.registers, complaints(spec, made)
+    return [(made.arch, spec.name, made, complaints(spec, made)) for made in cubins(spec, arches)]
 
 
-def build_all(arches: list[str], workers: int | None = None) -> Iterator[tuple[str, str, int, str]]:
-    """(arch, variant, registers, what is wrong) of every kernel variant, compiled in `workers` processes."""
-    jobs = [(name, index, arch) for arch in arches for name in KERNELS for index, spec in enumerate(variants_of(name)) if spec.only in (None, arch)]
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for (_, _, arch), (variant, registers, wrong) in zip(jobs, pool.map(build_kernel, *zip(*jobs, strict=True)), strict=True):
-            yield arch, variant, registers, wrong
+def build_all(arches: Sequence[str], workers: int | None = None) -> Iterator[tuple[str, str, Cubin, str]]:
+    """(arch, variant, cubin, what is wrong) of every kernel variant for each of `arches`, ascending, compiled in `workers` processes."""
+    jobs = [(name, index, [arch for arch in arches if spec.only in (None, arch)])
+            for name in KERNELS for index, spec in enumerate(variants_of(name))]
+    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        for built in pool.map(build_kernel, *zip(*jobs, strict=True), chunksize=2):  # neighbours share device functions
+            yield from built
 
 
 def main() -> int:
@@ -44,8 +44,8 @@ def main() -> int:
         from ftops.numba_kernels.launch import architecture
         arches = [architecture(0)]
     bad = 0
-    for arch, variant, registers, wrong in build_all(arches):
-        print(f"{arch:8} {registers:4} registers  {variant}  {wrong}")
+    for arch, variant, made, wrong in build_all(arches):
+        print(f"{arch:8} {made.registers:4} registers  {variant}  {wrong}")
         bad += bool(wrong)
     return 1 if bad else 0
 

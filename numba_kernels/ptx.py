@@ -22,10 +22,14 @@ from numba.cuda.typing import signature
 _OPERAND = {"r": (ir.IntType(32), types.uint32), "l": (ir.IntType(64), types.uint64), "f": (ir.FloatType(), types.float32)}
 
 
+asked_for_target: list[int] = []  # what _target_capability has answered since compile.py emptied this: such code is for one architecture
+
+
 def _target_capability() -> int:
     """90 while code for sm_90 is generated. The target, not the device: compiling needs no GPU."""
     major, minor = ConfigStack().top().compute_capability[:2]
-    return 10 * major + minor
+    asked_for_target.append(10 * major + minor)
+    return asked_for_target[-1]
 
 
 def _as_intrinsic(name: str, params: list[str], codegen: Callable, result: types.Type) -> Callable:
@@ -40,7 +44,8 @@ def _as_intrinsic(name: str, params: list[str], codegen: Callable, result: types
 def ptx(name: str, asm: str | dict[int, str], outs: str = "", ins: str = "", pure: bool = False) -> Callable:
     """Intrinsic `name(*ins)` for one PTX text; returns nothing, a scalar, or a tuple. `pure` lets LLVM move, merge or drop it.
 
-    asm may give a text by the first compute capability that has it: {80: ..., 89: ...}.
+    asm may give a text by the first compute capability that has it: {80: ..., 89: ...}. Device functions that call such an intrinsic are
+    defined inside `make`: Numba compiles one at the top of a module once, for the architecture that comes first.
     """
     result_ir = ir.VoidType() if not outs else _OPERAND[outs][0] if len(outs) == 1 else ir.LiteralStructType([_OPERAND[c][0] for c in outs])
     result = types.void if not outs else _OPERAND[outs][1] if len(outs) == 1 else types.UniTuple(_OPERAND[outs[0]][1], len(outs))

@@ -50,6 +50,7 @@ def configs() -> Iterator[Config]:
         yield from (pick(dtype, length, 1) for length in (512, 513))
 
 
+@functools.cache
 def make_tile(config: Config) -> tuple[Callable, Callable, Callable, Callable]:
     """(place, fetch, gather, prefetch) of a tile.
 

@@ -4,6 +4,7 @@ Elements travel as 32-bit words: what was loaded keeps its own size in registers
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +22,7 @@ def words_of(dtype: str, vec: int) -> int:
     return max(1, vec * ITEM[dtype] // 4)
 
 
+@functools.cache
 def make_io(dtype: str, vec: int) -> tuple[Callable, Callable]:
     """(load, store) of one access, `vec` elements: 16 bytes at an address that 16 divides, or one element.
 
@@ -47,6 +49,7 @@ def make_io(dtype: str, vec: int) -> tuple[Callable, Callable]:
     return load, store
 
 
+@functools.cache
 def make_convert(dtype: str, vec: int) -> tuple[Callable, Callable]:
     """(unpack, pack) of one access: unpack(words, at, values, to) gives `vec` float32, pack(values, at, words, to) rounds them back."""
     if dtype == "float32":
