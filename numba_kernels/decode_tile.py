@@ -224,12 +224,14 @@ def make_outputs(config: Config) -> Callable:
 
 def make_softmax(config: Config) -> Callable:
     steps, row_tiles_n = config.head_dim // 16, config.rows // 8
-    n_x, n_row, slack, pair = 4 * row_tiles_n, 2 * row_tiles_n, np.float32(SLACK), ptx.PAIR[config.dtype]
+    n_x, n_row, n_acc, last_row_tile = 4 * row_tiles_n, 2 * row_tiles_n, 4 * steps * row_tiles_n, row_tiles_n - 1
+    slack, pair = np.float32(SLACK), ptx.PAIR[config.dtype]
     xor_4, xor_8, xor_16 = (ptx.shuffle_xor[n] for n in (4, 8, 16))
 
     @cuda.jit(device=True, forceinline=True)
     def softmax(x, acc, top, total, p):
         """p := exp2(x - top) as B fragments, total += p. The maximum moves, and what was summed is rescaled, only past SLACK."""
+        rescale = cuda.local.array(n_row, np.float32)
         rises = np.uint32(0)
         for r in range(n_row):
             if ptx.maximum(x[2 * (r & 2) + (r & 1)], x[2 * (r & 2) + (r & 1) + 2]) > top[r] + slack:
@@ -240,12 +242,11 @@ def make_softmax(config: Config) -> Callable:
                 highest = ptx.maximum(highest, xor_4(highest))
                 highest = ptx.maximum(highest, xor_8(highest))
                 highest = ptx.maximum(ptx.maximum(highest, xor_16(highest)), top[r])
-                rescale = ptx.exp2(top[r] - highest)
+                rescale[r] = ptx.exp2(top[r] - highest)
                 top[r] = highest
-                total[r] *= rescale
-                for j in range(steps):
-                    acc[4 * (j * row_tiles_n + (r >> 1)) + (r & 1)] *= rescale
-                    acc[4 * (j * row_tiles_n + (r >> 1)) + (r & 1) + 2] *= rescale
+                total[r] *= rescale[r]
+            for i in range(n_acc):
+                acc[i] *= rescale[2 * (i >> 2 & last_row_tile) + (i & 1)]
         for i in range(n_x):
             x[i] = ptx.exp2(x[i] - top[2 * (i >> 2) + (i & 1)])
             total[2 * (i >> 2) + (i & 1)] += x[i]
