@@ -12,7 +12,7 @@ import torch
 from ftops.numba_kernels import attention_mma, attention_plain
 from ftops.numba_kernels.attention_common import UNBOUNDED
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.launch import Kernel, load
+from ftops.numba_kernels.launch import Kernel, empty_like, load
 from ftops.numba_kernels.rows import DTYPE_NAME
 
 NO_STRIDES = (0, 0, 0, 0)
@@ -54,7 +54,7 @@ def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int, queri
     wanted_dim = q.shape[3]
     q, k, v = _readable(q), _readable(k), _readable(v)
     _, _, heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = empty_like(q)
     if k.numel() == 0:
         out.zero_()
     elif out.numel() and batch and queries:

@@ -14,7 +14,7 @@ from numba import cuda
 from ftops.numba_kernels.activation import FORMS, make_activate
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.elementwise import THREADS, Config, blocks, configs, make_place, pick, tiling
-from ftops.numba_kernels.launch import Kernel, load
+from ftops.numba_kernels.launch import Kernel, empty_like, load
 from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, rows_of, widest, words_of
 
 ROWS = 4  # of a thread
@@ -67,7 +67,7 @@ def _kernel(dtype: torch.dtype, length: int, vec: int, device: int) -> tuple[Ker
 
 def launch(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
     length = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty_like(x)
     if x.numel() == 0:
         return y
     x, stride = rows_of(x)
@@ -76,7 +76,7 @@ def launch(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tenso
         bias = bias.contiguous()
         bias_at = bias.data_ptr()
     item, x_at = x.element_size(), x.data_ptr()
-    vec = widest(item, length * item, stride * item, x_at | bias_at)
+    vec = widest(item, (length | stride) * item | x_at | bias_at)
     kernel, shift, tiles = _kernel(x.dtype, length, vec, x.device.index)
     rows = x.numel() // length
     kernel(blocks(rows, shift, tiles, ROWS), 1, 1, x_at, bias_at, y.data_ptr(), stride, rows, length, shift, tiles, *FORMS[kind])

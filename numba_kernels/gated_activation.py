@@ -68,12 +68,12 @@ def _kernel(dtype: torch.dtype, length: int, vec: int, device: int) -> tuple[Ker
 
 def launch(x: torch.Tensor, kind: str) -> torch.Tensor:
     length = x.shape[-1] // 2
-    y = torch.empty((*x.shape[:-1], length), dtype=x.dtype, device=x.device)
+    y = x.new_empty((*x.shape[:-1], length))
     if x.numel() == 0:
         return y
     x, stride = rows_of(x)
     item, x_at = x.element_size(), x.data_ptr()
-    vec = widest(item, length * item, stride * item, x_at)
+    vec = widest(item, (length | stride) * item | x_at)
     kernel, shift, tiles = _kernel(x.dtype, length, vec, x.device.index)
     rows = y.numel() // length
     kernel(blocks(rows, shift, tiles, ROWS), 1, 1, x_at, y.data_ptr(), stride, rows, length, shift, tiles, *FORMS[kind])

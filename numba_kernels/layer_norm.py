@@ -15,7 +15,7 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.launch import Kernel, load
+from ftops.numba_kernels.launch import Kernel, empty_like, load
 from ftops.numba_kernels.row_tile import ACCESSES, FEW_ROWS, Config, configs, make_tile, pick
 from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, make_sum, rows_of, widest, words_of
 
@@ -147,8 +147,8 @@ def _kernel(dtype: torch.dtype, length: int, vec: int, device: int) -> tuple[Ker
 def launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
            eps: float) -> tuple[torch.Tensor, torch.Tensor | None]:
     length = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(y)
+    y = empty_like(x)
+    total = None if residual is None else empty_like(y)
     if x.numel() == 0:
         return y, total
     x, x_stride = rows_of(x)
@@ -164,7 +164,7 @@ def launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor 
         bias = bias.contiguous()
         bias_at = bias.data_ptr()
     x_at = x.data_ptr()
-    vec = widest(item, length * item, x_at | weight_at | bias_at | residual_at, (x_stride | residual_stride) * item)
+    vec = widest(item, (length | x_stride | residual_stride) * item | x_at | weight_at | bias_at | residual_at)
     kernel, rows_a_block = _kernel(x.dtype, length, vec, x.device.index)
     rows = x.numel() // length
     kernel(-(-rows // rows_a_block), 1, 1, x_at, residual_at, weight_at, bias_at, y.data_ptr(), total_at, x_stride, residual_stride,

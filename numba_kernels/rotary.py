@@ -1,6 +1,6 @@
 """Rotary embedding on the GPU: pairs (x0, x1) of every head turn to (x0 cos - x1 sin, x1 cos + x0 sin); q and k in one launch.
 
-A thread owns one unit, two accesses of `vec` elements, of HEADS heads of one token: the pairs of `vec` angles, whose cosines it has once
+A thread owns one unit, two accesses of `vec` elements, of some heads of one token: the pairs of `vec` angles, whose cosines it has once
 for all these heads, or beyond rotary_dim two accesses to pass on. The heads of q and of k are counted through.
 Floor: (reads of q and k + writes of the two) / copy bandwidth; cosines come from L2.
 """
@@ -16,11 +16,10 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.launch import Kernel, load
+from ftops.numba_kernels.launch import Kernel, empty_like, load
 from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, widest, words_of
 
 THREADS = 128
-HEADS = 4  # of a thread: eight loads on their way
 WIDE, WIDE_FLOAT32, STEP, STEP_FLOAT32 = range(4)  # how a table is read: 16 bytes or one element at a time, q's dtype or float32
 _PER_PI = np.float32(1 / np.pi)
 _PER_PI_REST = np.float32(1 / np.pi - float(_PER_PI))
@@ -28,16 +27,19 @@ _PER_PI_REST = np.float32(1 / np.pi - float(_PER_PI))
 
 @dataclass(frozen=True)
 class Config:
-    """dtype; vec: elements an access, 16 bytes of them or one; interleaved: pairs are neighbours, else half of rotary_dim apart."""
+    """dtype; vec: elements an access, 16 bytes of them or one; interleaved: pairs are neighbours, else half of rotary_dim apart;
+    heads: of a thread."""
 
     dtype: str
     vec: int
     interleaved: bool
+    heads: int
 
 
 @functools.cache
 def pick(dtype: str, vec: int, interleaved: bool) -> Config:
-    return Config(dtype, vec, interleaved)
+    """Eight loads on their way a thread; four in float32, where eight of four values go to local memory on sm_100 and sm_120."""
+    return Config(dtype, vec, interleaved, heads=2 if vec == 4 else 4)
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -112,7 +114,7 @@ def make_table(config: Config) -> Callable:
 
 def make(config: Config) -> Callable:
     vec, item, each, interleaved = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec), config.interleaved
-    both, kept = 2 * vec, 2 * each * HEADS
+    heads_each, both, kept = config.heads, 2 * vec, 2 * each * config.heads
     fetch, store = make_io(config.dtype, vec)
     unpack, pack = make_convert(config.dtype, vec)
     table = make_table(config)
@@ -138,7 +140,7 @@ def make(config: Config) -> Callable:
         rest = ptx.div_u32(thread, units)
         unit = thread - rest * units
         token = ptx.div_u32(rest, groups)
-        head = (rest - token * groups) * np.uint32(HEADS)
+        head = (rest - token * groups) * np.uint32(heads_each)
         batch = ptx.div_u32(token, length)
         step = token - batch * length
         rotated = unit * np.uint32(vec) < half
@@ -150,7 +152,7 @@ def make(config: Config) -> Callable:
         q_at = q_gl + np.uint64((np.int64(batch) * q_batch + np.int64(step) * q_token) * item)
         k_at = k_gl + np.uint64((np.int64(batch) * k_batch + np.int64(step) * k_token) * item)
         words = cuda.local.array(kept, np.uint32)
-        for i in range(HEADS):
+        for i in range(heads_each):
             of_k = np.int64(head) + i - np.int64(heads)
             at = q_at + np.uint64((np.int64(head) + i) * q_head * item) if of_k < 0 else k_at + np.uint64(of_k * k_head * item)
             live = thread < work and of_k < np.int64(kv_heads)
@@ -171,9 +173,9 @@ def make(config: Config) -> Callable:
             else:
                 for i in range(vec):
                     cos[i], sin[i] = cos_sin(np.float32(position) * cos[i])
-            for i in range(HEADS):
+            for i in range(heads_each):
                 turn(words, 2 * i * each, cos, sin)
-        for i in range(HEADS):
+        for i in range(heads_each):
             of_k = np.int64(head) + i - np.int64(heads)
             row_of_q, row_of_k = np.int64(token) * np.int64(heads) + np.int64(head) + i, np.int64(token) * np.int64(kv_heads) + of_k
             at = (q_out_gl if of_k < 0 else k_out_gl) + np.uint64((row_of_q if of_k < 0 else row_of_k) * np.int64(head_dim) * item)
@@ -196,21 +198,22 @@ def variants() -> Iterator[Spec]:
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, vec: int, interleaved: bool, device: int) -> Kernel:
-    return load(spec(pick(DTYPE_NAME[dtype], vec, interleaved)), device)
+def _kernel(dtype: torch.dtype, vec: int, interleaved: bool, device: int) -> tuple[Kernel, int]:
+    config = pick(DTYPE_NAME[dtype], vec, interleaved)
+    return load(spec(config), device), config.heads
 
 
 def launch(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None,
            interleaved: bool, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    q_out, k_out = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_out, k_out = empty_like(q), empty_like(k)
     batch, length, heads, head_dim = q.shape
     kv_heads, half, item = k.shape[2], rotary_dim // 2, q.element_size()
     if q.numel() + k.numel() == 0:
         return q_out, k_out
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
-    q_strides, k_strides = q.stride()[:3], k.stride()[:3]
+    (q_batch, q_token, q_head, _), (k_batch, k_token, k_head, _) = q.stride(), k.stride()
     q_at, k_at, cos_at, sin_at = q.data_ptr(), k.data_ptr(), cos.data_ptr(), 0 if sin is None else sin.data_ptr()
-    vec = widest(item, head_dim * item, half * item, q_at | k_at, *(stride * item for stride in q_strides + k_strides))
+    vec = widest(item, (head_dim | half | q_batch | q_token | q_head | k_batch | k_token | k_head) * item | q_at | k_at)
     position_at = position_batch = position_token = table_batch = table_token = table_position = 0
     width = cos.element_size()
     if positions is not None:
@@ -224,13 +227,14 @@ def launch(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, cos
     wide = vec > 1 and step == width and (cos_at | sin_at | table_batch | table_token | table_position) % 16 == 0
     layout = (WIDE if wide else STEP) + (cos.dtype is torch.float32)
     units = half // vec + -(-(head_dim - rotary_dim) // (2 * vec))
-    groups = -(-(heads + kv_heads) // HEADS)
+    kernel, heads_each = _kernel(q.dtype, vec, interleaved, q.device.index)
+    groups = -(-(heads + kv_heads) // heads_each)
     work = batch * length * units * groups
     if work >= 1 << 32:
         raise ValueError(f"rotary: {q.numel() + k.numel()} elements that 16-byte accesses do not fit are too many for one launch; "
                          "split the batch, or make q and k contiguous")
-    _kernel(q.dtype, vec, interleaved, q.device.index)(
-        -(-work // THREADS), 1, 1, q_at, k_at, position_at, cos_at, sin_at, q_out.data_ptr(), k_out.data_ptr(), *q_strides, *k_strides,
-        position_batch, position_token, table_batch, table_token, table_position, step, layout, work, length, heads, kv_heads, head_dim,
-        half, units, groups)
+    kernel(
+        -(-work // THREADS), 1, 1, q_at, k_at, position_at, cos_at, sin_at, q_out.data_ptr(), k_out.data_ptr(), q_batch, q_token, q_head,
+        k_batch, k_token, k_head, position_batch, position_token, table_batch, table_token, table_position, step, layout, work, length, heads,
+        kv_heads, head_dim, half, units, groups)
     return q_out, k_out
