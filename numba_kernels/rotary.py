@@ -235,6 +235,6 @@ def launch(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, cos
                          "split the batch, or make q and k contiguous")
     kernel(
         -(-work // THREADS), 1, 1, q_at, k_at, position_at, cos_at, sin_at, q_out.data_ptr(), k_out.data_ptr(), q_batch, q_token, q_head,
-        k_batch, k_token, k_head, position_batch, position_token, table_batch, table_token, table_position, step, layout, work, length, heads,
-        kv_heads, head_dim, half, units, groups)
+        k_batch, k_token, k_head, position_batch, position_token, table_batch, table_token, table_position, step, layout, work, length,
+        heads, kv_heads, head_dim, half, units, groups)
     return q_out, k_out
