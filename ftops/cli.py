@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from rich.console import Console
@@ -11,6 +12,9 @@ import ftops
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, 1 where a comparison failed, 2 where an argument cannot be served."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without the model's characters shows "?"
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -23,7 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("ftops: transformers is not installed; pip install 'ftops[demo]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print(file=sys.stderr)  # the shell's prompt is not to follow half a line
         return 130
+    except BrokenPipeError:  # as in `ftops generate ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more as it ends
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -70,9 +70,11 @@ def show(console: Console) -> None:
     console.print(f"Compiled kernels: {folder} ({len(kernels)} kernels, {sum(k.stat().st_size for k in kernels) / 2**20:.1f} MiB); "
                   "set FTOPS_CACHE to move it", soft_wrap=True)
 
-    table = Table("op", "on a GPU", "on the CPU", title="Ops" if not missing else "Ops (a GPU is not usable here)", title_justify="left")
+    table = Table(title="ftops.ops" if not missing else "ftops.ops (a GPU is not usable here)", title_justify="left")
+    for column in ("op", "on a GPU", "on the CPU"):
+        table.add_column(column, overflow="fold")
     for name in OPS:
-        table.add_row(f"ftops.ops.{name}", kernel_file(name) or "no kernel in this version: raises", "PyTorch")
+        table.add_row(name, kernel_file(name) or "no kernel in this version: raises", "PyTorch")
     console.print(table)
 
 

@@ -88,7 +88,7 @@ def _encoder(console: Console, device: str | None, dtype: str | None, runs: int,
     allowed = EMBEDDING_TOLERANCE[model.dtype]
     same = difference <= allowed  # NaN is not the same
 
-    nearest = Table("sentence", "nearest other sentence, by the patched model", "cosine", title="What it computes", title_justify="left")
+    nearest = Table("sentence", "nearest of the others", "cosine", title="What the patched model finds", title_justify="left")
     similarity = after @ after.T - 2 * torch.eye(len(after), device=after.device)
     for question in QUESTIONS:
         answer = int(similarity[question].argmax())
@@ -164,9 +164,9 @@ def _before_and_after(model: PreTrainedModel, output: Callable, work: Callable, 
     """What `output` returns under eager attention and patched, and a Timing of `work` each for eager, sdpa and patched."""
     with torch.inference_mode():
         before = output()
-        timings = [_time(f"{BASELINE} (the baseline)", model, work, runs)]
+        timings = [_time(f"{BASELINE} (baseline)", model, work, runs)]
         model.set_attn_implementation("sdpa")
-        timings.append(_time("sdpa (the default)", model, work, runs))
+        timings.append(_time("sdpa (default)", model, work, runs))
         model.set_attn_implementation(BASELINE)
         ftops.patch(model)
         after = output()
@@ -195,18 +195,23 @@ def _wait(on_gpu: bool) -> None:
 
 
 def _title(console: Console, title: str, model: PreTrainedModel, work: str) -> None:
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _cpu()
     count = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     console.rule(f"[bold]{title}", align="left")
     console.print(f"{count / 1e6:.1f} M parameters, {size / 2**20:.1f} MiB in {_short(model.dtype)}, on {device}; {work}.")
 
 
+def _cpu() -> str:
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def _timing_table(console: Console, timings: list[Timing], tokens: int) -> None:
     on_gpu = timings[0].peak_bytes is not None
-    table = Table(title="Hugging Face's attention implementations, and patched", title_justify="left")
+    table = Table(title="Hugging Face's attention, and patched", title_justify="left")
     for column in ("run", "time", "tokens/s", "speed", *(["peak GPU memory"] if on_gpu else [])):
-        table.add_column(column, justify="left" if column == "run" else "right")
+        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold", no_wrap=column != "run")
     for timing in timings:
         peak = [f"{timing.peak_bytes / 2**20:.1f} MiB"] if on_gpu else []
         table.add_row(timing.name, f"{1e3 * timing.seconds:.2f} ms", f"{tokens / timing.seconds:,.0f}",

@@ -50,11 +50,13 @@ def _load(command: str, argument: str, auto: type, name: str | Path, dtype: str 
                          "(`ftops info` says what is missing)")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"{command}: --dtype is {dtype}; allowed: {', '.join(DTYPES)}")
-    folder = Path(name)
-    if (folder.is_absolute() or folder.is_dir()) and not (folder / "config.json").is_file():
+    folder = Path(name).expanduser()
+    is_path = folder.is_absolute() or folder.is_dir() or len(folder.parts) > 2 or str(name).startswith(".")  # a hub id is owner/name
+    if is_path and not (folder / "config.json").is_file():
         raise ValueError(f"{command}: {argument} is {name}, where there is no config.json; pass a folder that save_pretrained wrote")
     chosen = DTYPES[dtype] if dtype else torch.float32 if device == "cpu" else "auto"
     try:
+        name = folder if is_path else name
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left" if auto is AutoModelForCausalLM else "right")
         model = auto.from_pretrained(name, dtype=chosen, device_map=device, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -2,7 +2,11 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +76,7 @@ def test_temperature_samples_by_its_seed(capsys):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--model", "/nowhere/at/all"], ["--model", "/nowhere/at/all", "config.json", "save_pretrained"]),
+    (["--model", "./no-such-folder"], ["--model", "./no-such-folder", "config.json", "save_pretrained"]),
     (["--model", "no-such-owner/no-such-model"], ["--model", "no-such-owner/no-such-model", ".safetensors"]),
     (["--max-new-tokens", "0"], ["--max-new-tokens", "0", "1 or more"]),
     (["--max-new-tokens", "1024"], ["1024 positions", "shorten"]),
@@ -85,6 +90,30 @@ def test_errors_name_the_argument_and_the_remedy(flags, words, capsys):
     assert shown.err.startswith("ftops generate: ")
     for word in words:
         assert word in shown.err
+
+
+def start(**environment: str) -> subprocess.Popen:
+    command = (sys.executable, "-m", "ftops", "generate", "--device", "cpu", "--prompt", "# Größe ☃\nimport", "--max-new-tokens", "900")
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], env=os.environ | environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_it_quietly():
+    """`ftops generate ... | head -1` under cron: question marks for what ASCII does not have, and no traceback."""
+    with start(PYTHONIOENCODING="ascii") as process:
+        assert process.stdout.readline() == b"# Gr??e ?\n"
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(timeout=300)) == (b"", 141)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_quietly():
+    with start() as process:
+        assert process.stdout.readline().decode() == "# Größe ☃\n"
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert (process.stderr.read().strip(), process.wait(timeout=300)) == (b"", 130)
 
 
 def test_no_gpu_is_said(capsys, monkeypatch):

@@ -21,7 +21,15 @@ def test_without_a_gpu_it_says_what_is_missing_and_what_is_used(capsys):
     assert "Missing: PyTorch" in shown
     assert torch.__version__ in shown
     for op in OPS:
-        assert f"ftops.ops.{op} " in shown
+        assert f"│ {op} │" in shown
+
+
+def test_a_narrow_terminal_cuts_nothing_off(capsys, monkeypatch):
+    """On 40 columns names are folded; an ellipsis would hide which op is meant."""
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown[shown.index("┏"):].splitlines())) <= 40
 
 
 def test_it_names_a_missing_compiler(monkeypatch):
@@ -55,5 +63,5 @@ def test_it_needs_neither_transformers_nor_numba():
             "from ftops.cli import main; sys.exit(main(['info']) or main(['generate', '--prompt', 'x']))")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert "ftops.ops.attention" in done.stdout
+    assert "decode_attention" in done.stdout
     assert "pip install 'ftops[demo]'" in done.stderr
