@@ -1,0 +1,149 @@
+"""Attention, whole prompts and single tokens, against PyTorch's own kernels: SDPA by FlashAttention-2 and by cuDNN."""
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.problem import Problem, Run, first, randn, small_sizes
+from bench.record import OURS
+from ftops import ops
+from ftops.formula import attention_formula
+from ftops.ops.append_kv import to_cache
+from ftops.ops.decode_attention import reference as decode_reference
+
+BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+ROWS = 64  # queries at the end of which an exact result is computed
+
+# B, H, Hkv, S, D, causal
+PREFILL = [(4, 16, 16, 4096, 128, True), (1, 32, 8, 16384, 128, True), (4, 16, 16, 4096, 128, False), (2, 32, 32, 4096, 64, True),
+           (8, 16, 16, 2048, 256, True), (32, 12, 12, 384, 64, False), (16, 32, 8, 128, 128, True)]
+# B, H, Hkv, context, D, page size, dtype of the cache
+BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
+DECODE = [(1, 32, 8, 1024, 128, None, BF16), (1, 32, 8, 8192, 128, None, BF16), (1, 32, 8, 131072, 128, None, BF16),
+          (16, 32, 8, 4096, 128, None, BF16), (64, 32, 8, 4096, 128, None, BF16), (64, 32, 32, 2048, 128, None, BF16),
+          (16, 16, 16, 2048, 256, None, BF16), (16, 32, 8, 4096, 128, 16, BF16), (64, 32, 8, 4096, 128, 16, BF16),
+          (1, 32, 8, 131072, 128, 16, BF16), (64, 32, 8, 4096, 128, None, INT8), (64, 32, 8, 4096, 128, None, FP8),
+          (64, 32, 8, 4096, 128, 16, FP8)]
+# B, longest, H, D: BERT's batch of which about half are padding
+VARLEN = [(32, 384, 12, 64)]
+
+if small_sizes():
+    PREFILL = [(1, 4, 4, 128, 64, True), (1, 8, 2, 128, 64, True), (2, 4, 4, 96, 64, False)]
+    DECODE = [(1, 8, 2, 512, 64, None, BF16), (4, 8, 2, 256, 64, None, BF16), (4, 8, 2, 256, 64, 16, BF16), (4, 8, 2, 256, 64, None, INT8)]
+    VARLEN = [(4, 64, 4, 64)]
+
+
+def sdpa(backend: SDPBackend | None, **options: Any) -> Run:
+    """Scaled dot product attention of inputs q, k, v laid out as ours are, by one backend, or whichever PyTorch takes."""
+    def run(i: SimpleNamespace) -> torch.Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (i.q, i.k, i.v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=getattr(i, "mask", None), enable_gqa=q.shape[1] != k.shape[1],
+                                              **options).transpose(1, 2)
+
+    def by_backend(i: SimpleNamespace) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return run(i)
+
+    return run if backend is None else by_backend
+
+
+def peers(**options: Any) -> dict[str, Run]:
+    if small_sizes():
+        return {"SDPA": sdpa(None, **options)}
+    return {name: sdpa(backend, **options) for name, backend in BACKENDS.items()}
+
+
+def prefill(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, causal: bool) -> Problem:
+    def make(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(q=randn(batch, length, heads, head_dim, device=device),
+                               **{name: randn(batch, length, kv_heads, head_dim, device=device) for name in "kv"})
+
+    def expected(i: SimpleNamespace) -> torch.Tensor:
+        positions = torch.arange(length - min(ROWS, length), length, device=i.q.device).unsqueeze(0)
+        return attention_formula(i.q[:1, -ROWS:].float(), i.k[:1].float(), i.v[:1].float(), positions, causal=causal,
+                                 scale=head_dim ** -0.5, window=(-1, -1))
+
+    pairs = batch * heads * length * length / (2 if causal else 1)
+    return Problem("attention", f"{batch},{heads},{kv_heads},{length},{head_dim} {'causal' if causal else 'full'}", make,
+                   {OURS: lambda i: ops.attention(i.q, i.k, i.v, causal=causal), **peers(is_causal=causal)}, expected,
+                   lambda out, i: out[:1, -ROWS:], 2 * 2 * batch * length * (heads + kv_heads) * head_dim, 4 * pairs * head_dim)
+
+
+def decode(batch: int, heads: int, kv_heads: int, context: int, head_dim: int, page_size: int | None, dtype: torch.dtype) -> Problem:
+    """One new token a sequence. Peers read the same keys and values, contiguous and in bfloat16."""
+    def make(device: torch.device) -> SimpleNamespace:
+        i = SimpleNamespace(q=randn(batch, 1, heads, head_dim, device=device),
+                            lengths=torch.full((batch,), context, dtype=torch.int32, device=device), options={},
+                            **{name: randn(batch, context, kv_heads, head_dim, device=device) for name in "kv"})
+        i.caches = [i.k, i.v]
+        if dtype is not BF16:
+            scales = [torch.full((kv_heads,), 4.0 / (127 if dtype is INT8 else 448), device=device) for _ in range(2)]
+            i.caches = [to_cache(cache, dtype, scale) for cache, scale in zip(i.caches, scales, strict=True)]
+            i.options = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+        if page_size is not None:
+            table = torch.randperm(batch * (context // page_size), device=device)
+            i.caches = [_paged(cache, table, page_size) for cache in i.caches]
+            i.options["page_table"] = table.view(batch, -1).to(torch.int32)
+        return i
+
+    def expected(i: SimpleNamespace) -> torch.Tensor:
+        table = i.options.get("page_table")
+        caches = i.caches if table is not None else [cache[:1] for cache in i.caches]
+        return decode_reference(i.q[:1].float(), *caches, i.lengths[:1], None if table is None else table[:1], head_dim ** -0.5, -1, 0.0,
+                                None, None, i.options.get("k_scale"), i.options.get("v_scale"))
+
+    name = f"{batch},{heads},{kv_heads},{context},{head_dim}" + (f" page {page_size}" if page_size else "")
+    name += {INT8: " int8", FP8: " fp8"}.get(dtype, "")
+    return Problem("decode_attention", name, make,
+                   {OURS: lambda i: ops.decode_attention(i.q, *i.caches, i.lengths, **i.options), **peers()}, expected,
+                   lambda out, i: out[:1], 2 * batch * context * kv_heads * head_dim * dtype.itemsize + 4 * batch * heads * head_dim)
+
+
+def _paged(cache: torch.Tensor, table: torch.Tensor, page_size: int) -> torch.Tensor:
+    """[B,S,Hkv,D] as pages in the order of `table`."""
+    pages = cache.view(-1, page_size, *cache.shape[2:])
+    pool = torch.empty_like(pages)
+    pool[table] = pages
+    return pool
+
+
+def varlen(batch: int, longest: int, heads: int, head_dim: int) -> Problem:
+    """Sequences of lengths from 1 to `longest`, packed; SDPA is given them padded, with the mask that hides the padding."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, longest + 1, (batch,), generator=generator)
+    lengths[0] = longest
+    total = int(lengths.sum())
+
+    def make(device: torch.device) -> SimpleNamespace:
+        i = SimpleNamespace(**{name: randn(batch, longest, heads, head_dim, device=device) for name in "qkv"})
+        i.valid = torch.arange(longest, device=device) < lengths.to(device).unsqueeze(-1)
+        i.mask = i.valid[:, None, None]
+        i.packed = [t[i.valid] for t in (i.q, i.k, i.v)]
+        i.starts = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+        return i
+
+    def expected(i: SimpleNamespace) -> torch.Tensor:
+        q, k, v = (t[:1].float() for t in (i.q, i.k, i.v))
+        return attention_formula(q, k, v, torch.arange(longest, device=q.device).unsqueeze(0), causal=False, scale=head_dim ** -0.5,
+                                 window=(-1, -1))[0]
+
+    def flash(i: SimpleNamespace) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+        return varlen_attn(*i.packed, i.starts, i.starts, longest, longest)
+
+    sides = {OURS: lambda i: ops.attention_varlen(*i.packed, i.starts, i.starts, longest, longest)}
+    if not small_sizes():
+        sides["torch varlen (flash)"] = flash
+        sides["SDPA cuDNN, padded"] = sdpa(BACKENDS["SDPA cuDNN"])
+    else:
+        sides["SDPA, padded"] = sdpa(None)
+    return Problem("attention_varlen", f"{batch} x 1-{longest}, {heads},{head_dim}", make, sides, expected,
+                   lambda out, i: (first(out) if out.dim() == 4 else out)[:longest], 2 * 4 * total * heads * head_dim,
+                   4 * heads * head_dim * float((lengths ** 2).sum()))
+
+
+PROBLEMS = [*(prefill(*shape) for shape in PREFILL), *(varlen(*shape) for shape in VARLEN), *(decode(*shape) for shape in DECODE)]

@@ -1,0 +1,128 @@
+"""What a measurement leaves: a record, its figures, and the file of its suite in bench/results/<GPU>/."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("torch", "transformers", "numba-cuda", "numpy")
+OURS = "ftops"
+
+
+@dataclass
+class Record:
+    """One problem: seconds of one call by side, in the order in which they are shown, ours first; what cannot run has a reason.
+
+    bytes and flops are what the problem needs, whoever computes it; 0 where that says nothing.
+    """
+
+    suite: str
+    group: str
+    name: str
+    seconds: dict[str, float]
+    missing: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    bytes: float = 0.0
+    flops: float = 0.0
+    timed: str = "graph"
+    rounds: int = 1
+    commit: str = ""
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured in the same run: bytes a second of a large copy (read and written), and operations a second of a large matrix product."""
+
+    copy: float
+    matmul: float
+
+
+def figures(record: dict[str, Any], ceilings: dict[str, float]) -> dict[str, Any]:
+    """Rate, its share of the ceiling that binds, and by how much each peer takes longer than we do (above 1: we are faster)."""
+    ours = record["seconds"][OURS]
+    by_memory, by_math = record["bytes"] / ceilings["copy"], record["flops"] / ceilings["matmul"]
+    rate = ""
+    if by_math > by_memory:
+        rate = f"{record['flops'] / ours / 1e12:.3g} TFLOP/s"
+    elif by_memory:
+        rate = f"{record['bytes'] / ours / 1e12:.3g} TB/s"
+    return {"rate": rate, "share": max(by_memory, by_math) / ours,
+            "ratios": {peer: seconds / ours for peer, seconds in record["seconds"].items() if peer != OURS}}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on, beside the code."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[:1]
+        extra = {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version()), "driver": driver[0] if driver else "unknown"}
+    else:
+        name, extra = f"CPU {_cpu_name()}", {"threads": str(torch.get_num_threads())}
+    versions = {package: metadata.version(package) for package in PACKAGES if _installed(package)}
+    return {"device": name, "python": platform.python_version(), **versions, **extra}
+
+
+def slug(device_name: str) -> str:
+    """"NVIDIA H200" is h200."""
+    return re.sub(r"[^a-z0-9]+", "_", device_name.lower().removeprefix("nvidia ")).strip("_")
+
+
+def commit() -> str:
+    """The commit that ran, with "+changes" where the files differ from it. FTOPS_BENCH_COMMIT names it where there is no repository."""
+    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD").strip()
+    if not head:
+        return os.environ.get("FTOPS_BENCH_COMMIT", "unknown")
+    return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").strip() else "")
+
+
+def today() -> str:
+    return date.today().isoformat()
+
+
+def save(folder: Path, suite: str, facts: dict[str, Any], ceilings: Ceilings, records: list[Record]) -> Path:
+    """Writes or renews <folder>/<device>/<suite>.json. Of an earlier run on the same machine, what was not measured again stays."""
+    file = folder / slug(facts["device"]) / f"{suite}.json"
+    old = json.loads(file.read_text()) if file.is_file() else {}
+    merged = {(r["group"], r["name"]): r for r in old.get("records", [])} if old.get("machine") == facts else {}
+    merged |= {(r.group, r.name): asdict(r) for r in records}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"suite": suite, "machine": facts, "ceilings": asdict(ceilings), "records": list(merged.values())},
+                      indent=1, default=str)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+        temporary.write(text + "\n")
+    os.chmod(temporary.name, 0o644)
+    os.replace(temporary.name, file)
+    return file
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except OSError:
+        return ""
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
+    return names[0] if names else platform.machine()

@@ -1,0 +1,43 @@
+"""Every op, at the shapes that models give it, beside what else does the same on this machine."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench import attention_problems, row_problems
+from bench.method import CLOCK, Side, allowed_error, copies_for, error
+from bench.problem import DTYPE, Problem, from_cases, nbytes
+from bench.record import OURS, Record
+from ftops.ops import OPS
+
+PROBLEMS = [*attention_problems.PROBLEMS, *row_problems.PROBLEMS]
+PROBLEMS += [from_cases(op) for op in OPS if op not in {problem.op for problem in PROBLEMS}]
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@torch.inference_mode()
+def test_op(problem: Problem, measure: Callable[..., Record], device: torch.device) -> None:
+    inputs = [problem.make(device)]
+    copies = copies_for(problem.bytes, nbytes(inputs[0])) if device.type == "cuda" else 1
+    inputs += [problem.make(device) for _ in range(copies - 1)]
+    sides = [Side(name, run) for name, run in problem.sides.items()]
+    check(problem, sides, inputs[0])
+    measure(Record("ops", problem.op, problem.name, {}, bytes=problem.bytes, flops=problem.flops), sides, inputs)
+
+
+def check(problem: Problem, sides: list[Side], inputs: Any) -> None:
+    """The output that is timed is right: no further from the exact one than twice the nearest peer's, and two roundings."""
+    expected = problem.expected(inputs)
+    for side in sides:
+        try:
+            side.error = error(problem.view(side.run(inputs), inputs), expected)
+        except Exception as reason:  # a peer that this device or version lacks is a result too; ours must run
+            if side.name == OURS:
+                raise
+            side.missing = f"{type(reason).__name__}: {str(reason).splitlines()[0][:100]}"
+    allowed = allowed_error(expected, DTYPE, [side.error for side in sides if side.name != OURS and side.error is not None])
+    assert sides[0].error <= allowed
