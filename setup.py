@@ -5,5 +5,6 @@ inner = find_packages(include=["numba_kernels", "numba_kernels.*", "integrations
 setup(
     packages=find_packages(include=["ftops", "ftops.*"]) + [f"ftops.{name}" for name in inner],
     package_dir={"ftops": "ftops", "ftops.numba_kernels": "numba_kernels", "ftops.integrations": "integrations"},
+    include_package_data=False,
     package_data={"ftops.integrations.demo": ["model/*"]},
 )
