@@ -11,8 +11,8 @@ import numpy as np
 from numba import cuda
 
 from ftops.numba_kernels import ptx
+from ftops.numba_kernels.attention_sm90_config import Config
 
-CHUNK = 64  # columns of a 128-byte row
 MINUS_INFINITY = np.float32(-np.inf)
 # Matrix descriptors: 128-byte swizzle, groups of 8 rows 1024 bytes apart; bits 16 to 29: from one 64-column chunk to the next, in 16 bytes,
 # read for MN-major operands alone.
@@ -22,19 +22,15 @@ _SWIZZLED = (1 << 62) | (64 << 32)
 SLACK = np.float32(8)
 
 
-def chunks(head_dim: int) -> int:
-    return -(-head_dim // CHUNK)
-
-
-def make_products(dtype: str, head_dim: int, rows: int, keys: int) -> tuple[Callable, Callable, Callable, Callable]:
-    """(row_major, column_major, scores, accumulate), of a block of `rows` query rows against tiles of `keys` keys.
+def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callable]:
+    """(row_major, column_major, scores, accumulate).
 
     row_major(address), column_major(address): descriptors of Q and K, of V. scores(score, q, k): score = Q K^T. accumulate(out, prob, v):
     out += P V. Both start one wgmma group, whose registers must not be touched before it is waited for.
     """
-    steps, key_steps = -(-head_dim // 16), keys // 16
-    q_chunk, k_chunk = rows * 128 // 16, keys * 128 // 16
-    product, product_p = ptx.wgmma_shared(dtype, keys), ptx.wgmma_registers(dtype, head_dim)
+    steps, key_steps = config.head_dim // 16, config.keys // 16
+    q_chunk, k_chunk = config.rows * 128 // 16, config.keys * 128 // 16
+    product, product_p = ptx.wgmma_shared(config.dtype, config.keys), ptx.wgmma_registers(config.dtype, config.head_dim)
     plain, strided = np.uint64(_SWIZZLED), np.uint64(_SWIZZLED | (k_chunk << 16))
     mask = np.uint32(0x3FFFF)
 
@@ -64,16 +60,16 @@ def make_products(dtype: str, head_dim: int, rows: int, keys: int) -> tuple[Call
     return row_major, column_major, scores, accumulate
 
 
-def make_softmax(dtype: str, head_dim: int, keys: int) -> tuple[Callable, Callable, Callable]:
+def make_softmax(config: Config) -> tuple[Callable, Callable, Callable]:
     """(softmax, rescale, pack).
 
     softmax(score, top, total, factor) -> (r0, r1): score := 2 ** (factor * (score - top)) with top raised where the row outgrew it, total
     brought up to date, r what O of the thread's two rows must be multiplied by. rescale(out, r0, r1) does it, unless all of the warp are 1.
     pack(prob, score): P in the dtype, as the A fragments of P V.
     """
-    tiles, out_tiles = keys // 8, head_dim // 8
+    tiles, out_tiles = config.keys // 8, config.head_dim // 8
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
-    pair = ptx.PAIR[dtype]
+    pair = ptx.PAIR[config.dtype]
 
     @cuda.jit(device=True, forceinline=True)
     def raised(old, even, odd, factor):
@@ -132,9 +128,9 @@ def make_softmax(dtype: str, head_dim: int, keys: int) -> tuple[Callable, Callab
     return softmax, rescale, pack
 
 
-def make_clear(head_dim: int, keys: int) -> Callable:
+def make_clear(config: Config) -> Callable:
     """clear(tile, first): a warpgroup sets rows first .. keys - 1 of a tile of V to 0, since 0 * what lies there might be NaN."""
-    parts = chunks(head_dim)
+    parts, keys = config.chunks, config.keys
 
     @cuda.jit(device=True, forceinline=True)
     def clear(tile, first):
@@ -150,14 +146,14 @@ def make_clear(head_dim: int, keys: int) -> Callable:
     return clear
 
 
-def make_store(dtype: str, head_dim: int) -> Callable:
+def make_store(config: Config) -> Callable:
     """store(out, total, out_gl, step, left, dim): a warp's 16 rows of O / total, rounded, to rows `step` bytes apart, the first `left` of them.
 
     Lanes 2 i and 2 i + 1 trade the halves of two neighbouring 8-column tiles, so that the four lanes of a row write 32 bytes, a whole sector.
     """
-    pairs = head_dim // 16
+    pairs = config.head_dim // 16
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
-    pair = ptx.PAIR[dtype]
+    pair = ptx.PAIR[config.dtype]
 
     @cuda.jit(device=True, forceinline=True)
     def inverse(total):

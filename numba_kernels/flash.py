@@ -187,28 +187,36 @@ def make_softmax(head_dim: int, keys: int, row_tiles: int) -> tuple[Callable, Ca
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
 
     @cuda.jit(device=True, forceinline=True)
+    def half(score, out, top, total, factor, h):
+        at = (h // 2) * tiles * 4 + 2 * (h % 2)
+        high = top[h]
+        for j in range(tiles):
+            high = ptx.maximum(high, ptx.maximum(score[at + 4 * j], score[at + 4 * j + 1]))
+        high = ptx.maximum(high, quad_1(high))
+        high = ptx.maximum(high, quad_2(high))
+        # A row that has seen nothing is measured from 0: -inf - -inf would be NaN.
+        origin = np.float32(0) if high == MINUS_INFINITY else high
+        rescale = ptx.exp2((top[h] - origin) * factor)
+        offset = -origin * factor
+        top[h] = high
+        for j in range(tiles):
+            low = ptx.exp2(ptx.fma(score[at + 4 * j], factor, offset))
+            next_ = ptx.exp2(ptx.fma(score[at + 4 * j + 1], factor, offset))
+            score[at + 4 * j], score[at + 4 * j + 1] = low, next_
+        total[2 * h] *= rescale
+        at = (h // 2) * out_tiles * 4 + 2 * (h % 2)
+        for j in range(out_tiles):
+            out[at + 4 * j] *= rescale
+            out[at + 4 * j + 1] *= rescale
+
+    @cuda.jit(device=True, forceinline=True)
     def softmax(score, out, top, total, factor):
-        for h in range(halves):
-            at = (h // 2) * tiles * 4 + 2 * (h % 2)
-            high = top[h]
-            for j in range(tiles):
-                high = ptx.maximum(high, ptx.maximum(score[at + 4 * j], score[at + 4 * j + 1]))
-            high = ptx.maximum(high, quad_1(high))
-            high = ptx.maximum(high, quad_2(high))
-            # A row that has seen nothing is measured from 0: -inf - -inf would be NaN.
-            origin = np.float32(0) if high == MINUS_INFINITY else high
-            rescale = ptx.exp2((top[h] - origin) * factor)
-            offset = -origin * factor
-            top[h] = high
-            for j in range(tiles):
-                low = ptx.exp2(ptx.fma(score[at + 4 * j], factor, offset))
-                next_ = ptx.exp2(ptx.fma(score[at + 4 * j + 1], factor, offset))
-                score[at + 4 * j], score[at + 4 * j + 1] = low, next_
-            total[2 * h] *= rescale
-            at = (h // 2) * out_tiles * 4 + 2 * (h % 2)
-            for j in range(out_tiles):
-                out[at + 4 * j] *= rescale
-                out[at + 4 * j + 1] *= rescale
+        # Written out: for sm_100 LLVM keeps a loop over this much, and with it the arrays in local memory.
+        half(score, out, top, total, factor, 0)
+        half(score, out, top, total, factor, 1)
+        if row_tiles == 2:
+            half(score, out, top, total, factor, 2)
+            half(score, out, top, total, factor, 3)
 
     @cuda.jit(device=True, forceinline=True)
     def finish(out, total):

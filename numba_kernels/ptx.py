@@ -226,6 +226,8 @@ mbarrier_arrive = ptx("mbarrier_arrive", "mbarrier.arrive.shared::cta.b64 _, [$0
 # Until the phase of parity $1 is complete. The braces give every inlined copy its own labels.
 mbarrier_wait = ptx("mbarrier_wait", "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra DONE; bra WAIT; DONE: }",
                     "", "rr")
+atomic_add_u32 = ptx("atomic_add_u32", "atom.add.u32 $0, [$1], $2;", "r", "lr")  # the value before
+atomic_inc_u32 = ptx("atomic_inc_u32", "atom.acq_rel.gpu.inc.u32 $0, [$1], $2;", "r", "lr")  # the value before; wraps to 0 past $2
 fence_mbarrier_init = ptx("fence_mbarrier_init", "fence.mbarrier_init.release.cluster;")
 fence_proxy_async = ptx("fence_proxy_async", "fence.proxy.async.shared::cta;")  # ordinary stores before it, wgmma and TMA after it
 bar_sync = ptx("bar_sync", "bar.sync $0, $1;", "", "rr")  # named barrier $0 of $1 threads

@@ -1,0 +1,105 @@
+"""Block shapes of attention on Hopper, and what they put where in shared memory."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+CHUNK = 64  # columns of a row of 128 bytes, the widest that TMA and wgmma swizzle
+INFO_BYTES, INFO_SLOTS = 48, 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """head_dim: padded; extras: softcap, bias, ALiBi or a scale that is not positive; consumers: warpgroups of 64 query rows; keys: rows of a
+    K or V tile; stages: K and V tiles in shared memory, of each; q_stages: tiles of Q, 1 or 2; turns: consumers take turns at the tensor cores.
+    """
+
+    dtype: str
+    head_dim: int
+    extras: bool
+    consumers: int
+    keys: int
+    stages: int
+    q_stages: int
+    turns: bool
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        return 128 * (1 + self.consumers)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.head_dim // CHUNK)
+
+    @property
+    def q_bytes(self) -> int:
+        return self.chunks * 128 * self.rows
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.chunks * 128 * self.keys
+
+    # Offsets from a base of 1024-byte alignment: Q at 0, then K, V, the barriers (8 bytes each) and what the producer says of a tile, which
+    # is read until the tile is stored, when the producer may be q_stages tiles ahead.
+
+    @property
+    def k_at(self) -> int:
+        return self.q_stages * self.q_bytes
+
+    @property
+    def v_at(self) -> int:
+        return self.k_at + self.stages * self.tile_bytes
+
+    @property
+    def q_full(self) -> int:
+        return self.v_at + self.stages * self.tile_bytes
+
+    @property
+    def q_empty(self) -> int:
+        return self.q_full + 8 * self.q_stages
+
+    @property
+    def k_full(self) -> int:
+        return self.q_empty + 8 * self.q_stages
+
+    @property
+    def k_empty(self) -> int:
+        return self.k_full + 8 * self.stages
+
+    @property
+    def v_full(self) -> int:
+        return self.k_empty + 8 * self.stages
+
+    @property
+    def v_empty(self) -> int:
+        return self.v_full + 8 * self.stages
+
+    @property
+    def info_at(self) -> int:
+        return -(-(self.v_empty + 8 * self.stages) // 16) * 16
+
+    @property
+    def shared_bytes(self) -> int:
+        """With 1008 bytes to align the base: dynamic shared memory begins on 16 bytes."""
+        return self.info_at + INFO_BYTES * INFO_SLOTS + 1008
+
+
+def pick(dtype: str, head_dim: int, extras: bool) -> Config:
+    consumers, keys, stages, q_stages, turns = (_EXTRA_TILES if extras else _TILES)[head_dim]
+    return Config(dtype, head_dim, extras, consumers, keys, stages, q_stages, turns)
+
+
+_TILES = {
+    64: (3, 128, 2, 1, True),
+    80: (2, 128, 2, 1, True),
+    96: (2, 128, 2, 1, True),
+    128: (2, 160, 2, 1, True),
+    192: (2, 112, 2, 1, False),
+    256: (2, 80, 2, 1, False),
+}
+# The most keys whose scores and bias fit the registers.
+_EXTRA_TILES = {head_dim: (2, 64, 2, 1, head_dim <= 128) for head_dim in HEAD_DIMS[:-1]} | {256: (2, 48, 2, 1, False)}

@@ -1,0 +1,164 @@
+"""The producer of attention on Hopper: one warp that finds the next tile of query rows and has TMA bring its Q, K and V to shared memory.
+
+A tile is `rows` query rows of one sequence and head. Where tiles differ in length, blocks take the next one from a counter in global memory
+when they need it; under a causal mask the last rows of a sequence see most keys and come first, so that all blocks finish together.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import cuda
+
+from ftops.numba_kernels import ptx
+from ftops.numba_kernels.attention_sm90_config import INFO_BYTES, INFO_SLOTS, Config
+
+NOTHING = np.uint32(0xFFFFFFFF)
+
+
+@cuda.jit(device=True, forceinline=True)
+def dense_tile(index, tiles, heads, pairs, section):
+    """(batch, head, tile from the last) of `pairs` sequences and heads with `tiles` tiles each; batch NOTHING past the end.
+
+    Sections of `section` pairs, whose keys and values stay in L2, are finished one after the other, and within one the longest tiles come first.
+    """
+    first = np.uint32(ptx.div_u32(index, tiles * section) * section)
+    if first >= pairs:
+        return NOTHING, np.uint32(0), np.uint32(0)
+    rest = np.uint32(index - first * tiles)
+    there = np.uint32(min(section, np.uint32(pairs - first)))
+    tile = ptx.div_u32(rest, there)
+    pair = np.uint32(first + rest - tile * there)
+    batch = ptx.div_u32(pair, heads)
+    return batch, np.uint32(pair - batch * heads), tile
+
+
+def make_packed_tile(rows: int) -> Callable:
+    """packed_tile(index, heads, batches, starts_gl, base, before) -> (batch, head, tile from the last, base, before) where sequences lie end to
+    end. A warp looks at 32 sequences at a time, from `base` on, before which there are `before` tiles: indices must not fall.
+    """
+
+    @cuda.jit(device=True, forceinline=True)
+    def packed_tile(index, heads, batches, starts_gl, base, before):
+        lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
+        wanted = ptx.div_u32(index, heads)
+        head = np.uint32(index - wanted * heads)
+        while base < batches:
+            here = np.uint32(base + lane)
+            tiles = np.uint32(0)
+            if here < batches:
+                at = starts_gl + np.uint64(4) * np.uint64(here)
+                length = np.uint32(ptx.ld_global_32(at + np.uint64(4)) - ptx.ld_global_32(at))
+                tiles = np.uint32((length + np.uint32(rows - 1)) // np.uint32(rows))
+            through = np.uint32(tiles)
+            for step in (1, 2, 4, 8, 16):
+                lower = ptx.shuffle_index(through, lane - np.uint32(step))
+                if lane >= np.uint32(step):
+                    through = np.uint32(through + lower)
+            passed = np.uint32(cuda.popc(ptx.ballot(np.uint32(np.uint32(before + through) <= wanted))))
+            if passed < np.uint32(32):
+                last = ptx.shuffle_index(np.uint32(before + through), passed)
+                tiles = ptx.shuffle_index(tiles, passed)
+                return np.uint32(base + passed), head, np.uint32(wanted - (last - tiles)), base, before
+            before = np.uint32(before + ptx.shuffle_index(through, np.uint32(31)))
+            base = np.uint32(base + np.uint32(32))
+        return NOTHING, head, np.uint32(0), base, before
+
+    return packed_tile
+
+
+def make_produce(config: Config) -> Callable:
+    rows, keys, stages, q_stages, parts = config.rows, config.keys, config.stages, config.q_stages, config.chunks
+    q_bytes, tile_bytes = np.uint32(config.q_bytes), np.uint32(config.tile_bytes)
+    k_at, v_at, info_at = np.uint32(config.k_at), np.uint32(config.v_at), np.uint32(config.info_at)
+    q_full, q_empty = np.uint32(config.q_full), np.uint32(config.q_empty)
+    k_full, k_empty, v_full, v_empty = (np.uint32(at) for at in (config.k_full, config.k_empty, config.v_full, config.v_empty))
+    q_shift, last = np.uint32(q_stages - 1), np.uint32(stages - 1)
+    packed_tile = make_packed_tile(rows)
+
+    @cuda.jit(device=True, forceinline=True)
+    def fetch(place, tile_rows, full, size, tensor, head, row, batch):
+        ptx.mbarrier_expect(full, size)
+        for c in range(parts):
+            ptx.tma_load_4d(place + np.uint32(c * 128 * tile_rows), tensor, full, np.uint32(64 * c), head, row, batch)
+
+    @cuda.jit(device=True, forceinline=True)
+    def produce(base, q_tensor, k_tensor, v_tensor, lengths_gl, starts_q_gl, starts_kv_gl, counters_gl, all_queries, all_keys, heads, group,
+                batches, tiles, section, left, right):
+        lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
+        blocks = np.uint32(cuda.gridDim.x)
+        packed = starts_q_gl != np.uint64(0)
+        index, scan_base, scan_before = np.uint32(cuda.blockIdx.x), np.uint32(0), np.uint32(0)
+        turn = np.uint32(0)
+        # Of K_i and of V_(i-1), which lies in the slot before.
+        slot, phase = np.uint32(0), np.uint32(1)
+        batch = np.uint32(0)
+        while batch != NOTHING:
+            queries, seen, start_q, start_kv = np.int32(all_queries), np.int32(all_keys), np.uint32(0), np.uint32(0)
+            if packed:
+                batch, head, tile, scan_base, scan_before = packed_tile(index, heads, batches, starts_q_gl, scan_base, scan_before)
+                if batch != NOTHING:
+                    at = np.uint64(4) * np.uint64(batch)
+                    start_q, start_kv = ptx.ld_global_32(starts_q_gl + at), ptx.ld_global_32(starts_kv_gl + at)
+                    queries = np.int32(ptx.ld_global_32(starts_q_gl + at + np.uint64(4)) - start_q)
+                    seen = np.int32(ptx.ld_global_32(starts_kv_gl + at + np.uint64(4)) - start_kv)
+                tiles = np.uint32((np.uint32(queries) + np.uint32(rows - 1)) // np.uint32(rows))
+            else:
+                batch, head, tile = dense_tile(index, tiles, heads, batches * heads, section)
+            index = np.uint32(index + blocks)
+            if lane == np.uint32(0):
+                if counters_gl != np.uint64(0) and batch != NOTHING:
+                    index = np.uint32(blocks + ptx.atomic_add_u32(counters_gl, np.uint32(1)))
+                limit = np.int32(seen)
+                if lengths_gl != np.uint64(0) and batch != NOTHING:
+                    limit = np.int32(min(limit, np.int32(ptx.ld_global_32(lengths_gl + np.uint64(4) * np.uint64(batch)))))
+                first_row = np.int32((tiles - np.uint32(1) - tile) * np.uint32(rows))
+                position = np.int32(seen - queries + first_row)
+                begin = np.int32(max(position - left, np.int32(0)))
+                end = np.int32(min(limit, position + min(np.int32(rows), np.int32(queries - first_row)) + right))
+                first, count = np.uint32(0), np.uint32(0)
+                if end > begin:
+                    first = np.uint32(np.uint32(end - np.int32(1)) // np.uint32(keys))
+                    count = np.uint32(first - np.uint32(begin) // np.uint32(keys) + np.uint32(1))
+                key = np.uint32(first * np.uint32(keys))
+                out_row = np.uint32(start_q + np.uint32(first_row) if packed else batch * np.uint32(all_queries) + np.uint32(first_row))
+                q_slot = np.uint32(turn & np.uint32(q_stages - 1))
+                ptx.mbarrier_wait(base + q_empty + np.uint32(8) * q_slot, ((turn >> q_shift) & np.uint32(1)) ^ np.uint32(1))
+                info = np.uint32(base + info_at + np.uint32(INFO_BYTES) * (turn & np.uint32(INFO_SLOTS - 1)))
+                ptx.st_shared_128(info, NOTHING if batch == NOTHING else count, key, np.uint32(position), np.uint32(queries - first_row))
+                ptx.st_shared_128(info + np.uint32(16), np.uint32(limit), out_row, head, batch)
+                ptx.st_shared_32(info + np.uint32(32), np.uint32(first_row))
+                full = np.uint32(base + q_full + np.uint32(8) * q_slot)
+                if batch == NOTHING or count == np.uint32(0):
+                    ptx.mbarrier_arrive(full)
+                else:
+                    map_batch = np.uint32(0) if packed else batch
+                    kv_head = ptx.div_u32(head, group)
+                    fetch(base + q_slot * q_bytes, rows, full, q_bytes, q_tensor, head, start_q + np.uint32(first_row), map_batch)
+                    key = np.uint32(key + start_kv)
+                    # K_i before V_(i-1): the order in which the consumers free the slots. `here` keeps the loop from being unrolled.
+                    behind = False
+                    while count != np.uint32(0) or behind:
+                        if count != np.uint32(0):
+                            ptx.mbarrier_wait(base + k_empty + np.uint32(8) * slot, phase)
+                            fetch(base + k_at + slot * tile_bytes, keys, base + k_full + np.uint32(8) * slot, tile_bytes, k_tensor, kv_head, key,
+                                  map_batch)
+                        if behind:
+                            before = last if slot == np.uint32(0) else np.uint32(slot - np.uint32(1))
+                            ptx.mbarrier_wait(base + v_empty + np.uint32(8) * before, phase ^ np.uint32(slot == np.uint32(0)))
+                            fetch(base + v_at + before * tile_bytes, keys, base + v_full + np.uint32(8) * before, tile_bytes, v_tensor, kv_head,
+                                  key + np.uint32(keys), map_batch)
+                        if count != np.uint32(0):
+                            phase = np.uint32(phase ^ np.uint32(slot == last))
+                            slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
+                        behind = count != np.uint32(0)
+                        count = ptx.here(np.uint32(count - np.uint32(behind)))
+                        key = np.uint32(key - np.uint32(keys))
+            index = ptx.shuffle_index(index, np.uint32(0))
+            turn = np.uint32(turn + np.uint32(1))
+        # The last block to stop counting sets the counters back, for the launch that comes after this one in the stream.
+        if lane == np.uint32(0) and counters_gl != np.uint64(0):
+            if ptx.atomic_inc_u32(counters_gl + np.uint64(4), blocks - np.uint32(1)) == blocks - np.uint32(1):
+                ptx.st_global_32(counters_gl, np.uint32(0))
+
+    return produce
