@@ -23,10 +23,10 @@ def elsewhere(*shape, dtype=F32):
     return zeros(*shape, dtype=dtype, device="meta")
 
 
-def fake_xpu():
+def elsewhere_fake():
     from torch._subclasses import FakeTensorMode
     with FakeTensorMode():
-        return torch.empty(4, device="xpu")
+        return torch.empty(4, device="vulkan")
 
 
 X, W = (3, 8), (8,)
@@ -59,7 +59,7 @@ WRONG = [
     ("rms_norm", {"x": zeros(*X, dtype=F64)}, ["x.dtype", "torch.float64", "float32, float16, bfloat16"]),
     ("rms_norm", {"weight": zeros(*W, dtype=F16)}, ["weight.dtype is torch.float16", "x.dtype is torch.float32", ".to(torch.float32)"]),
     ("rms_norm", {"weight": elsewhere(*W)}, ["weight is on meta", "x is on cpu", "move"]),
-    ("rms_norm", {"x": fake_xpu(), "weight": None}, ["x.device", "xpu", "cpu and cuda"]),
+    ("rms_norm", {"x": elsewhere_fake(), "weight": None}, ["x.device", "vulkan", "cpu and cuda"]),
     ("rms_norm", {"x": zeros()}, ["x.dim()", "0", "1 or more"]),
     ("rms_norm", {"weight": zeros(7)}, ["weight.shape", "(7,)", "(8,)"]),
     ("rms_norm", {"weight": zeros(1, 8)}, ["weight.shape", "(1, 8)", "(8,)"]),
