@@ -64,8 +64,12 @@ def from_cases(op: str) -> Problem:
     cases = [case for case in op_module(op).cases() if DTYPE in case.dtypes]
     sizes = [nbytes(make(torch.device("cpu"), case)) for case in cases]
     largest = max(range(len(cases)), key=sizes.__getitem__)
-    return Problem(op, str(cases[largest]), lambda device: make(device, cases[largest]), {OURS: run},
-                   lambda inputs: first(run(SimpleNamespace(**tree_map_only(torch.Tensor, torch.Tensor.cpu, vars(inputs))))), first, sizes[largest])
+    def expected(inputs: SimpleNamespace) -> torch.Tensor:
+        on_cpu = SimpleNamespace(**tree_map_only(torch.Tensor, torch.Tensor.cpu, vars(inputs)))
+        return first(run(on_cpu)).to(first(inputs.args).device)
+
+    return Problem(op, str(cases[largest]), lambda device: make(device, cases[largest]), {OURS: run}, expected,
+                   lambda out, _: first(out), sizes[largest])
 
 
 def first(output: Any) -> torch.Tensor:

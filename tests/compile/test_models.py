@@ -1,0 +1,144 @@
+"""Hugging Face models of every family compiled by name, patched and not: right values, and exactly the expected nodes swapped."""
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, PreTrainedModel
+
+import ftops
+from ftops.integrations.compile import replaced
+from tests.accuracy import assert_accurate
+from tests.compile.models import BACKEND, EXPECTED, decoding, model
+from tests.compile.rewritten import Rewritten
+from tests.families.places import FLOAT32
+from tests.families.tiny import TINY, prompt
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+# One 16-bit dtype on a GPU: Inductor takes half a minute a model.
+PLACES = pytest.mark.parametrize(("device", "dtype"), [
+    FLOAT32, pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=pytest.mark.gpu)])
+
+
+@pytest.fixture(autouse=True)
+def no_counts() -> None:
+    counters.clear()
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return model(ids, attention_mask=mask).logits[mask.bool()]
+
+
+def check(theirs: PreTrainedModel, compiled: PreTrainedModel, device: str, padding: str | None = "left") -> None:
+    """The compiled model is as near to float64 as Hugging Face's is."""
+    ids, mask = (t.to(device) for t in prompt(padding=padding))
+    with torch.inference_mode():
+        assert_accurate(logits(compiled, ids, mask), logits(copy.deepcopy(theirs).double(), ids, mask), logits(theirs, ids, mask))
+
+
+def test_every_family_is_expected():
+    assert set(EXPECTED) == set(TINY)
+
+
+@pytest.mark.slow
+@PLACES
+@pytest.mark.parametrize("family", TINY)
+def test_unpatched(family, device, dtype):
+    hf = model(family, device, dtype)
+    check(hf, torch.compile(hf, backend=BACKEND, fullgraph=True), device)
+    assert replaced() == EXPECTED[family]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@PLACES
+@pytest.mark.parametrize("family", TINY)
+def test_patched_under_inductor(family, device, dtype):
+    """The block and its ops are traced whole, and no layer turns to the original to be."""
+    hf, patched = model(family, device, dtype), ftops.patch(model(family, device, dtype))
+    check(hf, torch.compile(patched, fullgraph=True), device)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert ftops.report(patched).fallbacks == 0
+
+
+@PLACES
+@pytest.mark.parametrize("family", TINY)
+def test_patched_leaves_nothing_to_swap(family, device, dtype):
+    hf = model(family, device, dtype)
+    patched = Rewritten(ftops.patch(model(family, device, dtype)))
+    check(hf, patched, device)
+    assert (patched.found[0].replaced, patched.found[0].kept) == ({}, {})
+    assert len(patched.nodes("attention")) == hf.config.num_hidden_layers
+
+
+@pytest.mark.slow
+@PLACES
+def test_patched_by_name(device, dtype):
+    hf, patched = model("llama", device, dtype), ftops.patch(model("llama", device, dtype))
+    check(hf, torch.compile(patched, backend=BACKEND, fullgraph=True), device)
+    assert replaced() == {}
+
+
+@pytest.mark.parametrize("padding", [None, "left", "holes"])
+@pytest.mark.parametrize("family", TINY)
+def test_masks(family, padding):
+    """The program before Inductor, so that every mask can be tried."""
+    hf = model(family)
+    compiled = Rewritten(hf)
+    check(hf, compiled, "cpu", padding)
+    assert compiled.found[0].replaced == EXPECTED[family]
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_prompts_of_any_length_compile_twice(family):
+    """Once for the first length, once for all others: the swap fixes no size."""
+    hf = model(family)
+    compiled = Rewritten(hf)
+    with torch.inference_mode():
+        for batch, length in ((2, 12), (2, 20), (2, 9), (2, 33)):
+            ids, mask = prompt(batch, length, padding="left")
+            torch.testing.assert_close(logits(compiled, ids, mask), logits(hf, ids, mask), atol=1e-4, rtol=1e-4)
+    assert [found.replaced for found in compiled.found] == [EXPECTED[family]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patched", [False, True], ids=["unpatched", "patched"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_generate(family, patched):
+    """`generate` compiles the decode step over its static cache; Mistral's sliding one overflows, and is compiled again for that."""
+    hf, (ids, mask) = model(family), prompt(padding="left")
+    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    compiling = CompileConfig(backend=BACKEND, fullgraph=True)
+    compiling._compile_all_devices = True  # transformers compiles by itself on accelerators only
+    with torch.inference_mode():
+        theirs = hf.generate(ids, attention_mask=mask, disable_compile=True, **options)
+        if patched:
+            ftops.patch(hf)
+        ours = hf.generate(ids, attention_mask=mask, compile_config=compiling, **options)
+    assert theirs.tolist() == ours.tolist()
+    graphs = 2 if family == "mistral" else 1
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert replaced() == ({} if patched else {op: graphs * count for op, count in decoding(family).items()})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_training_is_left_alone(family):
+    """Loss and gradients are PyTorch's own, dropout included."""
+    hf = model(family).train()
+    ids, _ = prompt()
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(hf(ids[:, :-1], use_cache=False).logits.transpose(1, 2), ids[:, 1:])
+
+    compiled = Rewritten(loss)
+    gradients = []
+    for run in (compiled, loss):
+        torch.manual_seed(0)
+        gradients.append(torch.autograd.grad(run(ids), list(hf.parameters())))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    (found,) = compiled.found
+    assert found.replaced == {}
+    assert {reason.split(": ", 1)[1] for reason in found.kept} == {"a gradient is recorded; compile under torch.no_grad()"}
+    assert sum(found.kept.values()) == sum(count for op, count in EXPECTED[family].items() if op != "residual")
