@@ -43,7 +43,8 @@ def gelu(x):
     tail = ptx.fma(k, tail, np.float32(_TAIL[2]))
     tail = ptx.fma(k, tail, np.float32(_TAIL[1]))
     tail = ptx.fma(k, tail, np.float32(_TAIL[0])) * k * ptx.exp2(x * x * np.float32(-0.5 * _LOG2_E))  # NaN stays NaN here
-    return ptx.fma(-ptx.minimum(size, np.float32(32)), tail, ptx.maximum(x, np.float32(0)))  # beyond 32 the tail is 0, also at infinity
+    # At infinity the tail is 0 and 0 * 32 gives infinity; at minus infinity the product is NaN, as PyTorch's.
+    return ptx.fma(-ptx.maximum(-x, ptx.minimum(x, np.float32(32))), tail, ptx.maximum(x, np.float32(0)))
 
 
 @cuda.jit(device=True, forceinline=True)

@@ -1,7 +1,7 @@
 """A block's tile of a matrix, for kernels that compute every element from its own row and column.
 
-The 256 threads of a block are `width` columns (of 16-byte accesses) by 256 / width rows; each takes the same column of `each` such row
-groups, so that it loads a bias once, has `each` rows on their way at once, and no thread divides for every access.
+The 256 threads of a block are `width` columns (of 16-byte accesses) by 256 / width rows; each takes the same column of several such row
+groups, so that it loads a bias once, has several rows on their way at once, and no thread divides for every access.
 """
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ COALESCED = 8  # threads of a row, if it is that long: 128 bytes, a cache line
 
 @dataclass(frozen=True)
 class Config:
-    """dtype; vec: elements an access, 16 bytes of them or one."""
+    """dtype; vec: elements an access, 16 bytes of them or one; rows: of a thread."""
 
     dtype: str
     vec: int
+    rows: int
 
 
 @functools.cache
-def pick(dtype: str, vec: int) -> Config:
-    return Config(dtype, vec)
+def pick(dtype: str, vec: int, inputs: int) -> Config:
+    """Four 16-byte loads on their way a thread, `inputs` of them for an access of the result; eight rows of one element, 16 would spill."""
+    return Config(dtype, vec, 4 // inputs if vec * ITEM[dtype] == 16 else 8)
 
 
-def configs() -> Iterator[Config]:
+def configs(inputs: int) -> Iterator[Config]:
     """Every Config that `pick` can give."""
     for dtype, item in ITEM.items():
-        yield from (pick(dtype, 16 // item), pick(dtype, 1))
+        yield from (pick(dtype, 16 // item, inputs), pick(dtype, 1, inputs))
 
 
 @functools.cache
@@ -48,19 +50,21 @@ def tiling(length: int, vec: int) -> tuple[int, int]:
     return width.bit_length() - 1, -(-accesses // width)
 
 
-def blocks(rows: int, shift: int, tiles: int, each: int) -> int:
+def blocks(rows: int, shift: int, tiles: int, rows_a_thread: int) -> int:
     """Blocks that cover `rows` rows of `tiles` tiles."""
-    return -(-rows // (each * (THREADS >> shift))) * tiles
+    return -(-rows // (rows_a_thread * (THREADS >> shift))) * tiles
 
 
-def make_place(vec: int, each: int) -> Callable:
+def make_place(config: Config) -> Callable:
     """place(shift, tiles) -> (first row, column, rows between a thread's rows): row and column are int64, of elements."""
+    vec, rows_a_thread = config.vec, config.rows
+
     @cuda.jit(device=True, forceinline=True)
     def place(shift, tiles):
         thread, block = np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockIdx.x)
         group = ptx.div_u32(block, tiles)
         apart = np.uint32(THREADS) >> shift
-        row = np.int64(group) * np.int64(apart * np.uint32(each)) + np.int64(thread >> shift)
+        row = np.int64(group) * np.int64(apart * np.uint32(rows_a_thread)) + np.int64(thread >> shift)
         column = (np.int64(block - group * tiles) << np.int64(shift)) + np.int64(thread & ((np.uint32(1) << shift) - np.uint32(1)))
         return row, column * np.int64(vec), np.int64(apart)
     return place

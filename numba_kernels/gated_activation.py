@@ -17,15 +17,15 @@ from ftops.numba_kernels.elementwise import THREADS, Config, blocks, configs, ma
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, rows_of, widest, words_of
 
-ROWS = 2  # of a thread: four loads on their way
+INPUTS = 2  # loads for an access of the result
 
 
 def make(config: Config) -> Callable:
     vec, item, each = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec)
-    kept = ROWS * each
+    rows_each, kept = config.rows, config.rows * each
     fetch, store = make_io(config.dtype, vec)
     unpack, pack = make_convert(config.dtype, vec)
-    place, activate = make_place(vec, ROWS), make_activate(vec)
+    place, activate = make_place(config), make_activate(vec)
 
     def gated_activation(x_gl, y_gl, x_stride, rows, length, shift, tiles, form, linear, cubic):
         row, column, apart = place(shift, tiles)
@@ -34,12 +34,12 @@ def make(config: Config) -> Callable:
         ups = cuda.local.array(kept, np.uint32)
         values = cuda.local.array(vec, np.float32)
         factors = cuda.local.array(vec, np.float32)
-        for i in range(ROWS):
+        for i in range(rows_each):
             at = row + i * apart
             gate_at = x_gl + np.uint64((at * x_stride + column) * item)
             fetch(gate_at, inside and at < rows, gates, i * each)
             fetch(gate_at + np.uint64(length * item), inside and at < rows, ups, i * each)
-        for i in range(ROWS):
+        for i in range(rows_each):
             at = row + i * apart
             unpack(gates, i * each, values, 0)
             activate(values, form, linear, cubic)
@@ -58,12 +58,12 @@ def spec(config: Config) -> Spec:
 
 def variants() -> Iterator[Spec]:
     """Every variant that `pick` can give."""
-    return map(spec, configs())
+    return map(spec, configs(INPUTS))
 
 
 @functools.cache
 def _kernel(dtype: torch.dtype, length: int, vec: int, device: int) -> tuple[Kernel, int, int]:
-    return load(spec(pick(DTYPE_NAME[dtype], vec)), device), *tiling(length, vec)
+    return load(spec(pick(DTYPE_NAME[dtype], vec, INPUTS)), device), *tiling(length, vec)
 
 
 def launch(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -76,5 +76,5 @@ def launch(x: torch.Tensor, kind: str) -> torch.Tensor:
     vec = widest(item, (length | stride) * item | x_at)
     kernel, shift, tiles = _kernel(x.dtype, length, vec, x.device.index)
     rows = y.numel() // length
-    kernel(blocks(rows, shift, tiles, ROWS), 1, 1, x_at, y.data_ptr(), stride, rows, length, shift, tiles, *FORMS[kind])
+    kernel(blocks(rows, shift, tiles, kernel.spec.config.rows), 1, 1, x_at, y.data_ptr(), stride, rows, length, shift, tiles, *FORMS[kind])
     return y

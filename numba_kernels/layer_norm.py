@@ -16,65 +16,68 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, empty_like, load
-from ftops.numba_kernels.row_tile import ACCESSES, FEW_ROWS, Config, configs, make_tile, pick
-from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, make_sum, rows_of, widest, words_of
+from ftops.numba_kernels.row_tile import FEW_ROWS, Config, configs, make_tile, pick
+from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, make_sum, rows_of, rsqrt, widest, words_of
 
-SIGNATURE = "ppppppllllff"
+SIGNATURE = "ppppppllllfff"
 
 
 def make(config: Config) -> Callable:
-    vec, item, each = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec)
-    kept, step, tile = each * ACCESSES, config.threads * vec, config.threads * vec * ACCESSES
+    vec, item, each, accesses = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec), config.accesses
+    kept, step, tile = each * accesses, config.threads * vec, config.threads * vec * accesses
     rows_a_block, reread = config.rows, config.reread
     load_access, store = make_io(config.dtype, vec)
     unpack, pack = make_convert(config.dtype, vec)
     place, _, gather, prefetch = make_tile(config)
-    total, total_rest, total_square = make_sum(config.threads), make_sum(config.threads), make_sum(config.threads)
+    (total, _), (_, totals) = make_sum(config.threads), make_sum(config.threads)
 
     @cuda.jit(device=True, forceinline=True)
-    def add_up(words):
+    def add_up(words, length):
         """The sum of a tile; what lies beyond the row is 0."""
         values = cuda.local.array(vec, np.float32)
         result = np.float32(0)
-        for access in range(ACCESSES):
-            unpack(words, access * each, values, 0)
-            for i in range(vec):
-                result += values[i]
+        for access in range(accesses):
+            if access * step < length:  # the same for all threads: short rows pay no arithmetic on nothing
+                unpack(words, access * each, values, 0)
+                for i in range(vec):
+                    result += values[i]
         return result
 
     @cuda.jit(device=True, forceinline=True)
-    def moments(words, left, mean):
-        """(sum of s - mean, sum of its square) of a tile."""
+    def moments(words, left, length, centre):
+        """(sum of s - centre, sum of its square) of a tile."""
         values = cuda.local.array(vec, np.float32)
         rest, square = np.float32(0), np.float32(0)
-        for access in range(ACCESSES):
-            unpack(words, access * each, values, 0)
-            centre = mean if access * step < left else np.float32(0)
-            for i in range(vec):
-                centred = values[i] - centre
-                rest += centred
-                square = ptx.fma(centred, centred, square)
+        for access in range(accesses):
+            if access * step < length:
+                unpack(words, access * each, values, 0)
+                here = centre if access * step < left else np.float32(0)
+                for i in range(vec):
+                    centred = values[i] - here
+                    rest += centred
+                    square = ptx.fma(centred, centred, square)
         return rest, square
 
     @cuda.jit(device=True, forceinline=True)
-    def scatter(y_at, weight_at, weight_left, bias_at, bias_left, left, words, mean, rest, scale, unit):
+    def scatter(y_at, weight_at, weight_left, bias_at, bias_left, left, length, words, mean, scale, shift, unit):
         more = cuda.local.array(each, np.uint32)
         values = cuda.local.array(vec, np.float32)
         factors = cuda.local.array(vec, np.float32)
         shifts = cuda.local.array(vec, np.float32)
-        for access in range(ACCESSES):
-            ahead = np.uint64(access * step * item)
-            load_access(weight_at + ahead, access * step < weight_left, more, 0)
-            unpack(more, 0, factors, 0)
-            load_access(bias_at + ahead, access * step < bias_left, more, 0)
-            unpack(more, 0, shifts, 0)
-            unpack(words, access * each, values, 0)
-            for i in range(vec):
-                values[i] = ptx.fma((values[i] - mean - rest) * scale, unit + factors[i], shifts[i])
-            pack(values, 0, words, access * each)
-            store(y_at + ahead, access * step < left, words, access * each)
+        for access in range(accesses):
+            if access * step < length:
+                ahead = np.uint64(access * step * item)
+                load_access(weight_at + ahead, access * step < weight_left, more, 0)
+                unpack(more, 0, factors, 0)
+                load_access(bias_at + ahead, access * step < bias_left, more, 0)
+                unpack(more, 0, shifts, 0)
+                unpack(words, access * each, values, 0)
+                for i in range(vec):
+                    values[i] = ptx.fma(ptx.fma(values[i] - mean, scale, shift), unit + factors[i], shifts[i])
+                pack(values, 0, words, access * each)
+                store(y_at + ahead, access * step < left, words, access * each)
 
-    def layer_norm(x_gl, residual_gl, weight_gl, bias_gl, y_gl, sum_gl, x_stride, residual_stride, rows, length, eps, unit):
+    def layer_norm(x_gl, residual_gl, weight_gl, bias_gl, y_gl, sum_gl, x_stride, residual_stride, rows, length, over_length, eps, unit):
         row_in_block, first = place()
         row = np.int64(cuda.blockIdx.x) * np.int64(rows_a_block) + np.int64(row_in_block)
         left = length - np.int64(first)
@@ -90,19 +93,16 @@ def make(config: Config) -> Callable:
         weight_left = left if weight_gl != np.uint64(0) else np.int64(0)
         bias_left = left if bias_gl != np.uint64(0) else np.int64(0)
         words = cuda.local.array(kept, np.uint32)
-        over_length = ptx.reciprocal(np.float32(length))
         mean, rest, square = np.float32(0), np.float32(0), np.float32(0)
         if reread:
+            # The mean of the first tile is near enough to centre all: its error squared is at most length / tile of the variance.
+            gather(x_at, residual_at, np.uint64(0), left, words)
+            mean = total(add_up(words, length)) * np.float32(1 / tile)
             for done in range(0, left, tile):
                 ahead = np.uint64(done * item)
                 gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, sum_at + ahead, left - done,
                        words)
-                mean += add_up(words)
-            mean = total(mean) * over_length
-            for done in range(0, left, tile):
-                ahead = np.uint64(done * item)
-                gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, np.uint64(0), left - done, words)
-                more_rest, more_square = moments(words, left - done, mean)
+                more_rest, more_square = moments(words, left - done, length, mean)
                 rest += more_rest
                 square += more_square
         else:
@@ -110,27 +110,30 @@ def make(config: Config) -> Callable:
                 prefetch(weight_at, weight_left)
                 prefetch(bias_at, bias_left)
             gather(x_at, residual_at, sum_at, left, words)
-            mean = total(add_up(words)) * over_length
-            rest, square = moments(words, left, mean)
+            mean = total(add_up(words, length)) * over_length
+            rest, square = moments(words, left, length, mean)
         # The mean is rounded: what is left of it, `rest`, is taken off too, and its square from the variance.
-        rest = total_rest(rest) * over_length
-        scale = ptx.rsqrt(ptx.fma(-rest, rest, total_square(square) * over_length) + eps)
+        rest, square = totals(rest, square)
+        rest *= over_length
+        scale = rsqrt(ptx.fma(-rest, rest, square * over_length) + eps)
+        better = mean + rest
+        shift = (better - mean - rest) * scale
         if reread:
             for done in range(0, left, tile):
                 ahead = np.uint64(done * item)
                 gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, np.uint64(0), left - done, words)
-                scatter(y_at + ahead, weight_at + ahead, weight_left - done, bias_at + ahead, bias_left - done, left - done, words,
-                        mean, rest, scale, unit)
+                scatter(y_at + ahead, weight_at + ahead, weight_left - done, bias_at + ahead, bias_left - done, left - done,
+                        length, words, better, scale, shift, unit)
         else:
-            scatter(y_at, weight_at, weight_left, bias_at, bias_left, left, words, mean, rest, scale, unit)
+            scatter(y_at, weight_at, weight_left, bias_at, bias_left, left, length, words, better, scale, shift, unit)
 
     return layer_norm
 
 
 def spec(config: Config) -> Spec:
     threads = config.threads * config.rows
-    # 1792 bytes or more of a multiprocessor's rows on their way; four blocks of 256 threads, or two of a long row, would spill.
-    return Spec(make, config, SIGNATURE, threads, min_blocks=1 if config.reread else max(2, 896 // threads))
+    # Two blocks of a long row would spill on sm_120.
+    return Spec(make, config, SIGNATURE, threads, min_blocks=1 if config.reread else 1024 // threads)
 
 
 def variants() -> Iterator[Spec]:
@@ -168,5 +171,5 @@ def launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor 
     kernel, rows_a_block = _kernel(x.dtype, length, vec, x.device.index)
     rows = x.numel() // length
     kernel(-(-rows // rows_a_block), 1, 1, x_at, residual_at, weight_at, bias_at, y.data_ptr(), total_at, x_stride, residual_stride,
-           rows, length, eps, 1.0 if weight is None else 0.0)
+           rows, length, 1 / length, eps, 1.0 if weight is None else 0.0)
     return y, total

@@ -15,44 +15,46 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, empty_like, load
-from ftops.numba_kernels.row_tile import ACCESSES, FEW_ROWS, Config, configs, make_tile, pick
-from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, make_sum, rows_of, widest, words_of
+from ftops.numba_kernels.row_tile import FEW_ROWS, Config, configs, make_tile, pick
+from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, make_sum, rows_of, rsqrt, widest, words_of
 
-SIGNATURE = "pppppllllff"
+SIGNATURE = "pppppllllfff"
 
 
 def make(config: Config) -> Callable:
-    vec, item, each = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec)
-    kept, step, tile = each * ACCESSES, config.threads * vec, config.threads * vec * ACCESSES
+    vec, item, each, accesses = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec), config.accesses
+    kept, step, tile = each * accesses, config.threads * vec, config.threads * vec * accesses
     rows_a_block, reread = config.rows, config.reread
     _, store = make_io(config.dtype, vec)
     unpack, pack = make_convert(config.dtype, vec)
     place, fetch, gather, prefetch = make_tile(config)
-    total = make_sum(config.threads)
+    total, _ = make_sum(config.threads)
 
     @cuda.jit(device=True, forceinline=True)
-    def squares(words):
+    def squares(words, length):
         values = cuda.local.array(vec, np.float32)
         square = np.float32(0)
-        for access in range(ACCESSES):
-            unpack(words, access * each, values, 0)
-            for i in range(vec):
-                square = ptx.fma(values[i], values[i], square)
+        for access in range(accesses):
+            if access * step < length:  # the same for all threads: short rows pay no arithmetic on nothing
+                unpack(words, access * each, values, 0)
+                for i in range(vec):
+                    square = ptx.fma(values[i], values[i], square)
         return square
 
     @cuda.jit(device=True, forceinline=True)
-    def scatter(y_at, left, words, weights, scale, offset):
+    def scatter(y_at, left, length, words, weights, scale, offset):
         values = cuda.local.array(vec, np.float32)
         factors = cuda.local.array(vec, np.float32)
-        for access in range(ACCESSES):
-            unpack(words, access * each, values, 0)
-            unpack(weights, access * each, factors, 0)
-            for i in range(vec):
-                values[i] = values[i] * scale * (offset + factors[i])
-            pack(values, 0, words, access * each)
-            store(y_at + np.uint64(access * step * item), access * step < left, words, access * each)
+        for access in range(accesses):
+            if access * step < length:
+                unpack(words, access * each, values, 0)
+                unpack(weights, access * each, factors, 0)
+                for i in range(vec):
+                    values[i] = values[i] * scale * (offset + factors[i])
+                pack(values, 0, words, access * each)
+                store(y_at + np.uint64(access * step * item), access * step < left, words, access * each)
 
-    def rms_norm(x_gl, residual_gl, weight_gl, y_gl, sum_gl, x_stride, residual_stride, rows, length, eps, offset):
+    def rms_norm(x_gl, residual_gl, weight_gl, y_gl, sum_gl, x_stride, residual_stride, rows, length, over_length, eps, offset):
         row_in_block, first = place()
         row = np.int64(cuda.blockIdx.x) * np.int64(rows_a_block) + np.int64(row_in_block)
         left = length - np.int64(first)
@@ -73,22 +75,22 @@ def make(config: Config) -> Callable:
                 ahead = np.uint64(done * item)
                 gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, sum_at + ahead, left - done,
                        words)
-                square += squares(words)
+                square += squares(words, length)
         else:
             if rows <= FEW_ROWS:
                 prefetch(weight_at, left)
             gather(x_at, residual_at, sum_at, left, words)
             fetch(weight_at, left, weights)
-            square = squares(words)
-        scale = ptx.rsqrt(total(square) * ptx.reciprocal(np.float32(length)) + eps)
+            square = squares(words, length)
+        scale = rsqrt(ptx.fma(total(square), over_length, eps))
         if reread:
             for done in range(0, left, tile):
                 ahead = np.uint64(done * item)
                 gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, np.uint64(0), left - done, words)
                 fetch(weight_at + ahead, left - done, weights)
-                scatter(y_at + ahead, left - done, words, weights, scale, offset)
+                scatter(y_at + ahead, left - done, length, words, weights, scale, offset)
         else:
-            scatter(y_at, left, words, weights, scale, offset)
+            scatter(y_at, left, length, words, weights, scale, offset)
 
     return rms_norm
 
@@ -130,5 +132,5 @@ def launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
     kernel, rows_a_block = _kernel(x.dtype, length, vec, x.device.index)
     rows = x.numel() // length
     kernel(-(-rows // rows_a_block), 1, 1, x_at, residual_at, weight_at, y_at, total_at, x_stride, residual_stride, rows, length,
-           eps, offset)
+           1 / length, eps, offset)
     return y, total

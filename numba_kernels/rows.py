@@ -86,10 +86,11 @@ def make_convert(dtype: str, vec: int) -> tuple[Callable, Callable]:
     return unpack, pack
 
 
-def make_sum(threads: int) -> Callable:
-    """total(x): the sum of x over each `threads` neighbouring threads, given to all: 8, 32, or a block of 128, 256 or 512 (one barrier).
+def make_sum(threads: int) -> tuple[Callable, Callable]:
+    """(total, totals): total(x) is the sum of x over each `threads` neighbouring threads, given to all: 8, 32, or a block of 128, 256 or
+    512 (one barrier); totals(x, y) gives two sums at once.
 
-    For one place in the kernel, passed once: what it keeps in shared memory is not guarded against a second pass.
+    Each for one place in the kernel, passed once: what it keeps in shared memory is not guarded against a second pass.
     """
     warps = threads // 32
     x1, x2, x4, x8, x16 = (ptx.shuffle_xor[n] for n in (1, 2, 4, 8, 16))
@@ -111,10 +112,13 @@ def make_sum(threads: int) -> Callable:
     def warp(x):
         return sixteen(x + x16(x))
 
-    if threads == 8:
-        return eight
-    if threads == 32:
-        return warp
+    if threads <= 32:
+        within = {8: eight, 32: warp}[threads]
+
+        @cuda.jit(device=True, forceinline=True)
+        def both(x, y):
+            return within(x), within(y)
+        return within, both
     over_warps = {4: four, 8: eight, 16: sixteen}[warps]
 
     @cuda.jit(device=True, forceinline=True)
@@ -127,7 +131,25 @@ def make_sum(threads: int) -> Callable:
         cuda.syncthreads()
         return over_warps(partial[thread & np.uint32(warps - 1)])
 
-    return block
+    @cuda.jit(device=True, forceinline=True)
+    def block_both(x, y):
+        partial_x, partial_y = cuda.shared.array(warps, np.float32), cuda.shared.array(warps, np.float32)
+        thread = np.uint32(cuda.threadIdx.x)
+        x, y = warp(x), warp(y)
+        if thread & np.uint32(31) == 0:
+            partial_x[thread >> np.uint32(5)], partial_y[thread >> np.uint32(5)] = x, y
+        cuda.syncthreads()
+        return over_warps(partial_x[thread & np.uint32(warps - 1)]), over_warps(partial_y[thread & np.uint32(warps - 1)])
+
+    return block, block_both
+
+
+@cuda.jit(device=True, forceinline=True)
+def rsqrt(x):
+    """1 / sqrt(x) to one unit in the last place; the instruction alone is two off."""
+    y = ptx.rsqrt(x)
+    better = ptx.fma(y * np.float32(0.5), ptx.fma(-x * y, y, np.float32(1)), y)
+    return better if y > np.float32(0) and y < np.float32(np.inf) else y
 
 
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
