@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.problem import Problem, Run, first, randn, small_sizes
+from bench.problem import Problem, Run, randn, small_sizes
 from bench.record import OURS
 from ftops import ops
 from ftops.formula import attention_formula
@@ -142,7 +142,7 @@ def varlen(batch: int, longest: int, heads: int, head_dim: int) -> Problem:
     else:
         sides["SDPA, padded"] = sdpa(None)
     return Problem("attention_varlen", f"{batch} x 1-{longest}, {heads},{head_dim}", make, sides, expected,
-                   lambda out, i: (first(out) if out.dim() == 4 else out)[:longest], 2 * 4 * total * heads * head_dim,
+                   lambda out, i: (out[0] if out.dim() == 4 else out)[:longest], 2 * 4 * total * heads * head_dim,
                    4 * heads * head_dim * float((lengths ** 2).sum()))
 
 
