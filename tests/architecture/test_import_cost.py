@@ -18,15 +18,10 @@ def run(program: str) -> str:
 
 
 def test_import_ftops_costs_a_fifth_of_a_second_beyond_torch():
-    """The best of up to five processes: a busy machine only makes it slower."""
-    program = "import torch, time; start = time.perf_counter(); import ftops; print(time.perf_counter() - start)"
-    best = float("inf")
-    for _ in range(5):
-        best = min(best, float(run(program)))
-        if best <= 0.2:
-            break
-    print(f"import ftops: {best * 1000:.0f} ms beyond torch")
-    assert best <= 0.2
+    """Of processor time: on a busy machine the clock on the wall counts the others too."""
+    seconds = float(run("import torch, time; start = time.process_time(); import ftops; print(time.process_time() - start)"))
+    print(f"import ftops: {seconds * 1000:.0f} ms beyond torch")
+    assert seconds <= 0.2
 
 
 def test_import_ftops_loads_nothing_heavy():
