@@ -1,0 +1,113 @@
+"""A size that no compiled kernel serves: each `pick` is asked for every kind of problem and must name a variant that is listed."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ftops.numba_kernels import (
+    KERNELS,
+    append_kv,
+    attention_plain,
+    bias_activation,
+    decode_mma,
+    elementwise,
+    gated_activation,
+    layer_norm,
+    rms_norm,
+    rotary,
+    row_tile,
+    variants_of,
+)
+from ftops.numba_kernels.compile import Spec
+from ftops.numba_kernels.rows import ITEM, widest
+from ftops.op import DTYPES
+
+LENGTHS = sorted({*range(1, 300), *(base * factor + more for base in (128, 768, 1000, 1024, 5120) for factor in (1, 2, 3, 4, 8, 16, 33)
+                                    for more in (-1, 0, 1)), 2**17, 2**20 + 8, 2**31, 2**31 + 1})
+HALVES = ("float16", "bfloat16")
+
+
+def rows() -> Iterator[tuple[str, int, int]]:
+    """(dtype, row length, elements an access): 16-byte accesses only where the length allows them."""
+    for dtype, item in ITEM.items():
+        for length in LENGTHS:
+            yield dtype, length, 1
+            if widest(item, length * item) > 1:
+                yield dtype, length, 16 // item
+
+
+def picked(name: str) -> Iterator[Spec]:
+    """What `pick` of a kernel gives for every kind of problem."""
+    if name in ("rms_norm", "layer_norm"):
+        module = {"rms_norm": rms_norm, "layer_norm": layer_norm}[name]
+        yield from (module.spec(row_tile.pick(*problem)) for problem in rows())
+    elif name in ("bias_activation", "gated_activation"):
+        module = {"bias_activation": bias_activation, "gated_activation": gated_activation}[name]
+        yield from (module.spec(elementwise.pick(dtype, vec, module.INPUTS)) for dtype, _, vec in rows())
+    elif name == "rotary":
+        yield from (rotary.spec(rotary.pick(dtype, vec, interleaved)) for dtype, _, vec in rows() for interleaved in (False, True))
+    elif name == "append_kv":
+        yield from (append_kv.spec(append_kv.pick(dtype, cache, wide)) for dtype in DTYPES
+                    for cache in (dtype, torch.int8, torch.float8_e4m3fn) for wide in (False, True))
+    elif name == "attention":
+        yield from (attention_plain.spec(attention_plain.pick(dtype, dim)) for dtype in ITEM for dim in range(1, 257))
+        for module in {sys.modules[spec.make.__module__] for spec in variants_of(name)} - {attention_plain}:
+            yield from (module.spec(module.pick(dtype, next(d for d in module.HEAD_DIMS if d >= dim), extras))
+                        for dtype in HALVES for dim in range(1, 257) for extras in (False, True))
+    elif name == "decode_attention":
+        yield from (decode_mma.spec(decode_mma.pick(dtype, cache, dim, queries)) for dtype in HALVES
+                    for cache in ("16-bit", "int8", "float8_e4m3fn") for dim in range(1, 257) for queries in range(1, 129))
+    else:
+        raise AssertionError(f"say here which problems {name} is asked for")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_problem_has_a_listed_variant(name):
+    listed = set(variants_of(name))
+    assert [spec.name for spec in set(picked(name)) if spec not in listed] == []
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "append_kv"])
+def test_every_listed_variant_is_for_some_problem(name):
+    """A variant that is never asked for costs compile time on every machine."""
+    assert [spec.name for spec in variants_of(name) if spec not in set(picked(name))] == []
+
+
+@pytest.mark.parametrize("dtype", ITEM)
+def test_a_row_fits_its_tile(dtype):
+    """A variant that reads the row once must hold all of it, or the rest is neither summed nor written."""
+    for _, length, vec in (problem for problem in rows() if problem[0] == dtype):
+        config = row_tile.pick(dtype, length, vec)
+        assert (config.dtype, config.vec) == (dtype, vec)
+        assert config.reread or config.accesses * config.threads * vec >= length
+        assert (config.threads * config.rows) % 32 == 0
+        assert config.rows == 1 or config.threads <= 32  # a block-wide sum serves one row
+
+
+@pytest.mark.parametrize("vec", [1, 4, 8])
+def test_tiles_cover_a_row_with_few_threads_idle(vec):
+    for length in LENGTHS:
+        shift, tiles = elementwise.tiling(length, vec)
+        accesses = -(-length // vec)
+        covered = tiles << shift
+        assert covered - (1 << shift) < accesses <= covered
+        assert 1 << shift <= elementwise.THREADS
+        assert accesses / covered >= (0.875 if accesses >= 64 else 0.5)
+
+
+def test_blocks_cover_the_rows():
+    for count in (1, 2, 31, 32, 33, 1000, 65537, 2**31):
+        for shift in range(9):
+            for each in (1, 2, 4, 8):
+                blocks = elementwise.blocks(count, shift, 3, each)
+                assert blocks % 3 == 0
+                taken = blocks // 3 * each * (elementwise.THREADS >> shift)
+                assert taken - each * (elementwise.THREADS >> shift) < count <= taken
+
+
+def test_widest_access():
+    assert widest(2, 0) == 8 and widest(4, 32) == 4 and widest(2, 16) == 8
+    assert widest(2, 18) == widest(2, 8) == widest(4, 4) == 1
