@@ -19,7 +19,7 @@ from ftops.ops.attention import ATTENTION
 from ftops.ops.decode_attention import DECODE_ATTENTION
 from ftops.ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 
-CALLS, ROUNDS, IMPORTS = 200, 15, 5
+CALLS, ROUNDS, IMPORTS = (200, 15, 5) if torch.cuda.is_available() else (30, 9, 3)
 DTYPE = torch.bfloat16
 Calls = dict[str, Callable[[], Any]]
 
