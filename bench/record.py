@@ -44,16 +44,18 @@ class Record:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured in the same run: bytes a second of a large copy (read and written), and operations a second of a large matrix product."""
+    """Measured in the same run: bytes a second of a large copy (read and written) and of a large sum (read), and operations a second of
+    a large matrix product."""
 
     copy: float
+    read: float
     matmul: float
 
 
 def figures(record: dict[str, Any], ceilings: dict[str, float]) -> dict[str, Any]:
     """Rate, its share of the ceiling that binds, and by how much each peer takes longer than we do (above 1: we are faster)."""
     ours = record["seconds"][OURS]
-    by_memory, by_math = record["bytes"] / ceilings["copy"], record["flops"] / ceilings["matmul"]
+    by_memory, by_math = record["bytes"] / max(ceilings["copy"], ceilings["read"]), record["flops"] / ceilings["matmul"]
     rate = ""
     if by_math > by_memory:
         rate = f"{record['flops'] / ours / 1e12:.3g} TFLOP/s"
