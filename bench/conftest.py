@@ -16,7 +16,7 @@ import torch
 
 from bench import method
 from bench.record import OURS, Ceilings, Record, commit, figures, machine, save, today
-from bench.render import cell, duration
+from bench.render import cell, duration, told
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 logging.getLogger("torch.__trace").propagate = False
@@ -105,13 +105,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     ceilings = config.stash[CEILINGS]
     facts = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     terminalreporter.section(facts["device"])
-    terminalreporter.line(f"copy {ceilings.copy / 1e12:.3g} TB/s, read {ceilings.read / 1e12:.3g} TB/s, matrix product {ceilings.matmul / 1e12:.3g} TFLOP/s; "
-                          "in brackets: how much longer than ftops")
+    terminalreporter.line(f"{told(asdict(ceilings))}; in brackets: how much longer than ftops")
     for record in records:
-        told = figures(asdict(record), asdict(ceilings))
-        peers = [f"{name} {cell(seconds, told['ratios'][name])}" for name, seconds in record.seconds.items() if name != OURS]
+        figured = figures(asdict(record), asdict(ceilings))
+        peers = [f"{name} {cell(seconds, figured['ratios'][name])}" for name, seconds in record.seconds.items() if name != OURS]
         peers += [f"{name} cannot: {reason}" for name, reason in record.missing.items()]
-        share = f"{told['rate']} {told['share']:.0%}" if told["rate"] else ""
+        share = f"{figured['rate']} {figured['share']:.0%}" if figured["rate"] else ""
         terminalreporter.line(f"{record.group:18} {record.name:34} {duration(record.seconds[OURS]):>9} {share:18} {'; '.join(peers)}")
     folder = config.getoption("--results") or os.environ.get("FTOPS_BENCH_RESULTS")
     if folder:

@@ -20,7 +20,8 @@ All sides of a row were measured in one process on one device, in turns, and the
 device: calls on different inputs are captured as one CUDA graph, the L2 cache is overwritten before each replay, the inputs are
 random bfloat16, and the timed output is checked against a float32 result before. Host costs and whole models are timed by the host's
 clock, synchronised, everything included. "Of the ceiling" compares with what this device did in the same run: 1 GiB copied or read,
-whichever was faster, or a bfloat16 matrix product of 8192, whichever binds. In brackets behind a peer: its time over ours, so that **above 1 ftops is faster, below 1 slower**.
+whichever was faster, or a bfloat16 matrix product of 8192, whichever binds. In brackets behind a peer: its time over ours, so that
+**above 1 ftops is faster, below 1 slower**.
 """
 
 
@@ -33,6 +34,11 @@ def duration(seconds: float) -> str:
 
 def cell(seconds: float, ratio: float) -> str:
     return f"{duration(seconds)} ({ratio:.2f} x)"
+
+
+def told(ceilings: dict[str, float]) -> str:
+    return (f"copy {ceilings['copy'] / 1e12:.3g} TB/s, read {ceilings['read'] / 1e12:.3g} TB/s, "
+            f"matrix product {ceilings['matmul'] / 1e12:.3g} TFLOP/s")
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -52,14 +58,14 @@ def table(records: list[dict[str, Any]], ceilings: dict[str, float]) -> list[str
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     notes: dict[str, None] = {}
     for record in records:
-        told = figures(record, ceilings)
+        figured = figures(record, ceilings)
         cells = [record["name"], duration(record["seconds"][OURS])]
         if rated:
-            cells += [told["rate"], f"{told['share']:.0%}" if told["rate"] else ""]
+            cells += [figured["rate"], f"{figured['share']:.0%}" if figured["rate"] else ""]
         for peer in peers:
             if peer in record["missing"]:
                 notes[f"{peer}, {record['name']}: {record['missing'][peer]}"] = None
-            cells.append(cell(record["seconds"][peer], told["ratios"][peer]) if peer in record["seconds"] else
+            cells.append(cell(record["seconds"][peer], figured["ratios"][peer]) if peer in record["seconds"] else
                          "cannot" if peer in record["missing"] else "")
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", *(f"* {note}" for note in notes), *([""] if notes else [])]
@@ -71,17 +77,15 @@ def section(device: str, suites: dict[str, Any]) -> list[str]:
     for suite, content in suites.items():
         versions = ", ".join(f"{name} {value}" for name, value in content["machine"].items() if name != "device")
         runs = sorted({(record["date"], record["commit"]) for record in content["records"]})
-        ceilings = content["ceilings"]
         lines += [f"### {SUITES[suite]}", "",
-                  f"{'; '.join(f'{day}, commit {commit}' for day, commit in runs)}. {versions}. Ceilings: copy "
-                  f"{ceilings['copy'] / 1e12:.3g} TB/s, read {ceilings['read'] / 1e12:.3g} TB/s, matrix product {ceilings['matmul'] / 1e12:.3g} TFLOP/s.", ""]
+                  f"{'; '.join(f'{day}, commit {commit}' for day, commit in runs)}. {versions}. Ceilings: {told(content['ceilings'])}.", ""]
         if suite != "host":
             lines += [f"![Best peer's time over ours]({plot_name(device, suite)})", ""]
         groups: dict[str, list[dict[str, Any]]] = {}
         for record in content["records"]:
             groups.setdefault(record["group"], []).append(record)
         for records in groups.values():
-            lines += table(records, ceilings)
+            lines += table(records, content["ceilings"])
     return lines
 
 
