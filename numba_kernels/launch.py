@@ -58,9 +58,6 @@ class Kernel:
                 attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 kernel = driver.CUkernel(int(self._function))
                 _checked(spec, driver.cuKernelSetAttribute(attribute, spec.shared_bytes, kernel, driver.CUdevice(device)))
-            if spec.cluster > 8:  # more than every device with clusters allows
-                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-                _checked(spec, driver.cuKernelSetAttribute(attribute, 1, driver.CUkernel(int(self._function)), driver.CUdevice(device)))
 
     def __call__(self, grid_x: int, grid_y: int, grid_z: int, *arguments: int | float) -> None:
         device = self.device

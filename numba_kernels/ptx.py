@@ -131,6 +131,8 @@ st_global_128_if = ptx("st_global_128_if", "{ .reg .pred p; setp.ne.u32 p, $5, 0
 prefetch_l2 = ptx("prefetch_l2", "prefetch.global.L2 [$0];", "", "l")
 # What a kernel before this one in the stream has written, which need not have ended.
 ld_written_128 = ptx("ld_written_128", "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "l")
+ld_written_32 = ptx("ld_written_32", "ld.global.b32 $0, [$1];", "r", "l")
+ld_written_16 = ptx("ld_written_16", "{ .reg .b16 t; ld.global.b16 t, [$1]; cvt.u32.u16 $0, t; }", "r", "l")
 ld_written_f32 = ptx("ld_written_f32", "ld.global.f32 $0, [$1];", "f", "l")
 
 # Shared memory.
@@ -163,16 +165,6 @@ MMA = {"bfloat16": mma_bf16, "float16": mma_f16}
 # Programmatic dependent launch (Spec.dependent), sm_90 and up: the next kernel may start now; what the kernel before has written is there.
 launch_dependents = ptx("launch_dependents", {80: "", 90: "griddepcontrol.launch_dependents;"})
 wait_for_primary = ptx("wait_for_primary", {80: "", 90: "griddepcontrol.wait;"})
-
-# Clusters (Spec.cluster), sm_90 and up; before that, and without Spec.cluster, a block is a cluster of one. cluster_address is the place
-# in block $2 of what lies at $1 here; cluster_sync waits for every thread of the cluster, and what they wrote before it is then seen.
-cluster_rank = ptx("cluster_rank", {80: "mov.u32 $0, 0;", 90: "mov.u32 $0, %cluster_ctarank;"}, "r")
-cluster_size = ptx("cluster_size", {80: "mov.u32 $0, 1;", 90: "mov.u32 $0, %cluster_nctarank;"}, "r")
-cluster_sync = ptx("cluster_sync", {80: "bar.sync 0;", 90: "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"})
-cluster_address = ptx("cluster_address", {80: "mov.u32 $0, $1;", 90: "mapa.shared::cluster.u32 $0, $1, $2;"}, "r", "rr", pure=True)
-ld_cluster_64 = ptx("ld_cluster_64", {80: "ld.shared.v2.b32 {$0, $1}, [$2];", 90: "ld.shared::cluster.v2.b32 {$0, $1}, [$2];"}, "rr", "r")
-ld_cluster_128 = ptx("ld_cluster_128", {80: "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-                                        90: "ld.shared::cluster.v4.b32 {$0, $1, $2, $3}, [$4];"}, "rrrr", "r")
 
 # x, computed here: what is derived from it is not hoisted out of a branch that is seldom taken, where it would hold registers.
 here = ptx("here", "mov.b32 $0, $1;", "r", "r")
