@@ -13,7 +13,7 @@ from ftops.integrations.compile import replaced
 from tests.accuracy import assert_accurate
 from tests.compile.models import BACKEND, EXPECTED, decoding, model
 from tests.compile.rewritten import Rewritten
-from tests.families.places import FLOAT32
+from tests.families.places import FLOAT32, IN_FLOAT32
 from tests.families.tiny import TINY, prompt
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -104,11 +104,13 @@ def test_prompts_of_any_length_compile_twice(family):
 
 
 @pytest.mark.slow
+@IN_FLOAT32
 @pytest.mark.parametrize("patched", [False, True], ids=["unpatched", "patched"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-def test_generate(family, patched):
-    """`generate` compiles the decode step over its static cache; Mistral's sliding one overflows, and is compiled again for that."""
-    hf, (ids, mask) = model(family), prompt(padding="left")
+def test_generate(family, patched, device, dtype):
+    """`generate` compiles the decode step over its static cache, on a GPU as a CUDA graph; Mistral's sliding one overflows, and is
+    compiled again for that."""
+    hf, (ids, mask) = model(family, device, dtype), (t.to(device) for t in prompt(padding="left"))
     options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
     compiling = CompileConfig(backend=BACKEND, fullgraph=True)
     compiling._compile_all_devices = True  # transformers compiles by itself on accelerators only
