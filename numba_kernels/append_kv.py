@@ -51,6 +51,7 @@ def make(config: Config) -> Callable:
     def append_kv(k_gl, v_gl, k_cache_gl, v_cache_gl, positions_gl, table_gl, k_scale_gl, v_scale_gl, k_batch, k_new, k_head, k_dense,
                   v_batch, v_new, v_head, v_dense, k_page, k_slot, k_cache_head, k_cache_dense, v_page, v_slot, v_cache_head, v_cache_dense,
                   positions_batch, positions_new, table_row, capacity, tokens, new, heads, units, pages, page_size, wide_positions):
+        ptx.launch_dependents()
         x_gl, cache_gl, scale_gl = np.int64(k_gl), np.int64(k_cache_gl), np.int64(k_scale_gl)
         if cuda.blockIdx.y == 1:
             x_gl, cache_gl, scale_gl = np.int64(v_gl), np.int64(v_cache_gl), np.int64(v_scale_gl)

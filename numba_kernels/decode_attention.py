@@ -12,15 +12,15 @@ import torch
 from ftops.numba_kernels import decode_combine, decode_mma, decode_plain
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.decode_common import GRID_Y, LOG2E
-from ftops.numba_kernels.launch import Kernel, load, multiprocessors
+from ftops.numba_kernels.launch import Kernel, empty_like, load, multiprocessors
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8",
          torch.float8_e4m3fn: "float8_e4m3fn"}
-MAX_SPLITS, MAX_CLUSTER = 512, 16
-# In times that a multiprocessor takes to read one tile: a block's start and end; the end of a cluster; the combining kernel, and a split
-# more in it; and how much of the bandwidth's share one block alone leaves unused.
-BLOCK_COST, CLUSTER_COST, COMBINE_COST, SPLIT_COST, ALONE = 1.0, 0.5, 2.5, 0.02, 1.5
+MAX_SPLITS = 512
+# Measured on an H200, in us: what a multiprocessor's share of the bandwidth (34 kB) takes, what the start and end of blocks take, and
+# the combining kernel, and a split more in it. LONE: how much of that share one block can use where no other is beside it.
+SHARE_BYTES, BLOCK_US, COMBINE_US, SPLIT_US, LONE = 34e3, 1.0, 1.6, 0.02, 1.2
 
 
 def variants() -> Iterator[Spec]:
@@ -30,21 +30,24 @@ def variants() -> Iterator[Spec]:
     yield from decode_combine.variants()
 
 
-def pick_splits(blocks: int, tiles: int, processors: int, clusters: int) -> int:
-    """How many blocks share the keys of one (sequence, kv head, row tile), of which there are `blocks`, each with up to `tiles` tiles.
+def pick_splits(blocks: int, tiles: int, tile_bytes: int, processors: int, residents: tuple[int, ...]) -> tuple[int, int]:
+    """(splits, blocks resident on a multiprocessor): how many blocks share the keys of one (sequence, kv head, row tile).
 
-    The multiprocessor with the most blocks ends last; it takes blocks x (tiles of a block + a block's cost). Splits that are a cluster
-    (up to 8, or 16, if `clusters` allows) merge at once, others in a second kernel.
+    There are `blocks` of those, each with up to `tiles` tiles. Memory is what all wait for, so what counts is that multiprocessors end
+    together: blocks come in waves of residents x processors, and a last wave with few blocks leaves bandwidth unused, the more the
+    fewer waves there are, since blocks then start and end in step. Fewer residents are chosen where they make the waves come out even.
     """
-    def cost(splits: int) -> float:
-        share = -(-blocks * splits // processors)
-        time = (ALONE if share == 1 else share) * (-(-tiles // splits) + BLOCK_COST)
-        if splits == 1:
-            return time
-        return time + (CLUSTER_COST if splits <= clusters else COMBINE_COST + SPLIT_COST * splits)
+    def cost(splits: int, resident: int) -> float:
+        each = -(-tiles // splits) * tile_bytes / SHARE_BYTES
+        waves, rest = divmod(blocks * splits, resident * processors)
+        time = waves * (resident * each + BLOCK_US) + (COMBINE_US + SPLIT_US * splits if splits > 1 else 0)
+        if rest:
+            shared, alone = rest * each / processors, each / LONE if waves == 0 else 1.25 * each
+            time += BLOCK_US + (max(shared, alone) if waves < 4 else shared + each / 4)
+        return time * (1 if resident == residents[0] else 1.02)
 
     most = min(tiles, MAX_SPLITS, max(1, 4 * processors // blocks))
-    return min((n for n in range(1, most + 1) if not 8 < n < min(16, clusters)), key=cost, default=1)
+    return min(((n, r) for n in range(1, most + 1) for r in residents), key=lambda choice: cost(*choice), default=(1, residents[0]))
 
 
 @functools.cache
@@ -55,18 +58,21 @@ def _capability(device: int) -> tuple[int, int]:
 @functools.cache
 def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pairs: int, keys: int, fits: bool,
           device: int) -> tuple[Kernel, Kernel | None, int, int, int]:
-    """(kernel, combining kernel if one is needed, blocks a split, row tiles, splits) for `pairs` of a sequence and a kv head."""
-    clusters = MAX_CLUSTER if _capability(device) >= (9, 0) and _capability(device) < (12, 0) else 1
+    """(kernel, combining kernel if there are splits, blocks a split, row tiles, splits) for `pairs` of a sequence and a kv head."""
+    dependent = _capability(device) >= (9, 0)
     if fits:
         config = decode_mma.pick(NAMES[dtype], "16-bit" if cache is dtype else NAMES[cache], head_dim, rows)
         row_tiles, tile = -(-rows // config.rows), decode_mma.KEYS * config.warps
+        processor_bytes = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+        resident = max(1, processor_bytes // (config.shared()[-1] + 1024))
+        splits, wanted = pick_splits(pairs * row_tiles, -(-keys // tile), 2 * tile * config.row_bytes, multiprocessors(device),
+                                     (resident, resident - 1) if resident > 2 else (resident,))
+        spec = decode_mma.spec(config, 0 if wanted == resident else processor_bytes // wanted - 1024, dependent)
     else:
-        row_tiles, tile, clusters = rows, decode_plain.KEYS * decode_plain.WARPS, 1
-    splits = pick_splits(pairs * row_tiles, -(-keys // tile), multiprocessors(device), clusters)
-    spec = decode_mma.spec(config, splits if splits <= clusters else 1) if fits else decode_plain.spec(decode_plain.Config(NAMES[cache]))
-    combine = None
-    if splits > clusters:
-        combine = load(decode_combine.spec(decode_combine.Config(), dependent=_capability(device) >= (9, 0)), device)
+        row_tiles, tile = rows, decode_plain.KEYS * decode_plain.WARPS
+        splits, _ = pick_splits(pairs * row_tiles, -(-keys // tile), 2 * tile * head_dim * cache.itemsize, multiprocessors(device), (4,))
+        spec = decode_plain.spec(decode_plain.Config(NAMES[cache]))
+    combine = load(decode_combine.spec(decode_combine.Config(), dependent), device) if splits > 1 else None
     return load(spec, device), combine, pairs * row_tiles, row_tiles, splits
 
 
@@ -77,7 +83,7 @@ def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length
     batch, new, heads, head_dim = q.shape
     pages, page_size, kv_heads, _ = k_cache.shape
     capacity = page_size if page_table is None else page_size * page_table.shape[1]
-    out = torch.empty((batch, new, heads, head_dim), dtype=dtype, device=device)
+    out = empty_like(q)
     lines = batch * new * heads
     if lines == 0:
         return out
@@ -93,6 +99,7 @@ def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length
     unit = 8 if cache is dtype else 16  # elements of 16 bytes
     steps = head_dim | k_page | k_slot | k_head | v_page | v_slot | v_head
     fits = not (steps % unit or (k_at | v_at) & 15) and dtype is not torch.float32 and _capability(device.index) >= (8, 0)
+    fits = fits and max(pages * k_page + page_size * k_slot, pages * v_page + page_size * v_slot) // unit < 2 ** 32
     if (q_dense != 1 and head_dim > 1) or (fits and (q_at & 15 or (q_batch | q_new | q_head) & 7)):
         q = q.clone(memory_format=torch.contiguous_format)
         q_batch, q_new, q_head, _ = q.stride()

@@ -1,7 +1,7 @@
 """The end of a split decode_attention: out = sum_s w_s out_s / sum_s w_s,  w_s = 2 ** (lse_s - max lse),  for every row of the output.
 
-It is launched beside the kernel before it and waits for that one's end, so that its own start costs nothing (sm_90 and up).
-One block a row: 2 ** shift threads, four values each, side by side, and as many splits at once as the block then holds.
+It is launched beside the kernel before it and waits for that one's end, so that its own start costs little (sm_90 and up). One block a
+row: teams of 2 ** shift threads, four values each; a team takes `ahead` splits at a time, and the first team merges the others.
 """
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SIGNATURE = "pppiiii"
 
 @dataclass(frozen=True)
 class Config:
-    """threads a block; ahead: partial results that a thread reads before it uses the first."""
+    """threads a block; ahead: partial results that a thread reads before it uses the first. Up to `ahead` splits need no barrier."""
 
-    threads: int = 256
-    ahead: int = 4
+    threads: int = 128
+    ahead: int = 8
 
 
 def make(config: Config) -> Callable:
@@ -32,22 +32,23 @@ def make(config: Config) -> Callable:
     zero, lowest, nothing = np.float32(0), np.float32(-1e30), np.float32(-np.inf)
 
     def decode_combine(partial_gl, lse_gl, out_gl, splits, head_dim, shift, kind):
+        ptx.wait_for_primary()
+        ptx.launch_dependents()
         sums_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
-        first, side_by_side = thread >> shift, threads >> shift
-        column, line, width = 4 * (thread - (first << shift)), np.int64(cuda.blockIdx.x), (head_dim + 3) & -4
+        team, step = thread >> shift, ahead * (threads >> shift)
+        column, line, width = 4 * (thread - (team << shift)), np.int64(cuda.blockIdx.x), (head_dim + 3) & -4
         lse = cuda.local.array(ahead, np.float32)
         part = cuda.local.array(n_part, np.float32)
         highest, whole, a, b, c, d = lowest, zero, zero, zero, zero, zero
-        ptx.wait_for_primary()
         if column < width:
-            for base in range(first, splits, ahead * side_by_side):
+            for base in range(ahead * team, splits, step):
                 for i in range(ahead):
-                    at = line * splits + base + i * side_by_side
+                    at = line * splits + base + i
                     lse[i] = nothing
                     for j in range(4):
                         part[4 * i + j] = zero
-                    if base + i * side_by_side < splits:
+                    if base + i < splits:
                         lse[i] = ptx.ld_written_f32(np.int64(lse_gl) + 4 * at)
                         words = ptx.ld_written_128(np.int64(partial_gl) + 4 * (at * width + column))
                         for j in range(4):
@@ -63,29 +64,31 @@ def make(config: Config) -> Callable:
                         whole += weight
                         a, b = ptx.fma(weight, part[4 * i], a), ptx.fma(weight, part[4 * i + 1], b)
                         c, d = ptx.fma(weight, part[4 * i + 2], c), ptx.fma(weight, part[4 * i + 3], d)
-        ptx.st_shared_64(sums_sh + 16 * threads + 8 * thread, ptx.f32_bits(highest), ptx.f32_bits(whole))
-        ptx.st_shared_128(sums_sh + 16 * thread, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))
-        cuda.syncthreads()
-        if first == 0 and column < head_dim:
-            for other in range(1, min(side_by_side, splits)):
-                from_thread = thread + (other << shift)
-                sums = ptx.ld_shared_64(sums_sh + 16 * threads + 8 * from_thread)
-                words = ptx.ld_shared_128(sums_sh + 16 * from_thread)
-                before, other_highest = highest, ptx.bits_f32(sums[0])
-                highest = ptx.maximum(highest, other_highest)
-                mine, weight = ptx.exp2(before - highest), ptx.exp2(other_highest - highest)
-                whole = ptx.fma(weight, ptx.bits_f32(sums[1]), whole * mine)
-                a, b = ptx.fma(weight, ptx.bits_f32(words[0]), a * mine), ptx.fma(weight, ptx.bits_f32(words[1]), b * mine)
-                c, d = ptx.fma(weight, ptx.bits_f32(words[2]), c * mine), ptx.fma(weight, ptx.bits_f32(words[3]), d * mine)
+        if splits > ahead:  # more than one team has seen some
+            ptx.st_shared_64(sums_sh + 16 * threads + 8 * thread, ptx.f32_bits(highest), ptx.f32_bits(whole))
+            ptx.st_shared_128(sums_sh + 16 * thread, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))
+            cuda.syncthreads()
+            if team == 0:
+                for other in range(1, threads >> shift):
+                    from_thread = thread + (other << shift)
+                    sums = ptx.ld_shared_64(sums_sh + 16 * threads + 8 * from_thread)
+                    words = ptx.ld_shared_128(sums_sh + 16 * from_thread)
+                    before, other_highest = highest, ptx.bits_f32(sums[0])
+                    highest = ptx.maximum(highest, other_highest)
+                    mine, weight = ptx.exp2(before - highest), ptx.exp2(other_highest - highest)
+                    whole = ptx.fma(weight, ptx.bits_f32(sums[1]), whole * mine)
+                    a, b = ptx.fma(weight, ptx.bits_f32(words[0]), a * mine), ptx.fma(weight, ptx.bits_f32(words[1]), b * mine)
+                    c, d = ptx.fma(weight, ptx.bits_f32(words[2]), c * mine), ptx.fma(weight, ptx.bits_f32(words[3]), d * mine)
+        if team == 0 and column < head_dim:
             inverse = zero if whole == zero else ptx.reciprocal(whole)
             store_four(np.int64(out_gl), line, column, head_dim, a * inverse, b * inverse, c * inverse, d * inverse, kind)
 
     return decode_combine
 
 
-def spec(config: Config, dependent: bool) -> Spec:
+def spec(config: Config, dependent: bool = False) -> Spec:
     return Spec(make, config, SIGNATURE, threads=config.threads, shared_bytes=24 * config.threads, dependent=dependent)
 
 
 def variants() -> Iterator[Spec]:
-    yield spec(Config(), dependent=False)
+    yield spec(Config())

@@ -15,17 +15,15 @@ LOWEST = -1e29  # a finite bias, however low, keeps its key: a row of nothing bu
 
 
 def make_key_range(tile: int) -> Callable:
-    """key_range(...) -> (length, start, low, high): the length within the capacity, the first visible key, tiles of `split` from there."""
+    """key_range(...) -> (length, start, tiles): the length within the capacity, the first visible key, the tiles from there to the end."""
+
+    none = np.int32(0)
 
     @cuda.jit(device=True, forceinline=True)
-    def key_range(length, capacity, new, window, split, splits):
-        length = min(max(length, 0), capacity)
-        start = max(length - new - window, 0) if window >= 0 else 0
-        tiles = np.int32(np.uint32(length - start + (tile - 1)) // tile)
-        each = np.int32(ptx.div_u32(tiles, splits))
-        rest = tiles - each * splits
-        low = split * each + min(split, rest)
-        return np.int32(length), np.int32(start), np.int32(low), np.int32(low + each + (1 if split < rest else 0))
+    def key_range(length, capacity, new, window):
+        length = min(max(length, none), capacity)
+        start = max(np.int32(length - new - window), none) if window >= 0 else none
+        return length, start, np.int32(np.uint32(length - start + (tile - 1)) // tile)
 
     return key_range
 
@@ -36,7 +34,7 @@ def block_of(row_tiles, kv_heads):
     index = np.uint32(cuda.blockIdx.y) + np.uint32(cuda.blockIdx.z) * np.uint32(GRID_Y)
     pair = ptx.div_u32(index, row_tiles)
     batch = np.int64(ptx.div_u32(pair, kv_heads))
-    return batch, np.int64(pair) - batch * kv_heads, np.int64(index) - np.int64(pair) * row_tiles, np.int64(cuda.blockIdx.x)
+    return batch, np.int64(pair) - batch * kv_heads, np.int64(index) - np.int64(pair) * row_tiles, np.int32(cuda.blockIdx.x)
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -61,9 +59,9 @@ def capped(x, cap):
 def load_bias(row_gl, key, bias_key, kind):
     """The bias of a key in units of log2. kind: 0 float32, 1 float16, 2 bfloat16."""
     if kind == 0:
-        added = ptx.ld_global_f32(row_gl + 4 * key * bias_key)
+        added = ptx.ld_written_f32(row_gl + 4 * key * bias_key)
     else:
-        word = ptx.ld_global_16(row_gl + 2 * key * bias_key)
+        word = ptx.ld_written_16(row_gl + 2 * key * bias_key)
         added = ptx.f16_low(word) if kind == 1 else ptx.bf16_low(word)
     return added if added == np.float32(-np.inf) else ptx.maximum(added * np.float32(LOG2E), np.float32(LOWEST))
 

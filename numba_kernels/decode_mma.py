@@ -15,7 +15,6 @@ from numba import cuda
 from ftops.numba_kernels import decode_tile, ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of, store_result
-from ftops.numba_kernels.decode_merge import make_merge_blocks, make_merge_warps
 from ftops.numba_kernels.decode_tile import KEYS, NOTHING, Config, lookup
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256)
@@ -36,22 +35,20 @@ def make(config: Config) -> Callable:
     rows_a_block, row_bytes, wide = config.rows, config.row_bytes, config.cache == "16-bit"
     q_registers, head_dim_quarter, threads, q_threads = config.q_in_registers, config.head_dim // 4, 32 * warps, 32 * warps // config.rows
     per_unit, half_stage, ring_bytes = 8 if wide else 16, KEYS * row_bytes, stages * 2 * KEYS * row_bytes
-    tile_keys, chains = KEYS * warps, 2 // row_tiles_n
+    tile_keys, chains = KEYS * warps, 4 // row_tiles_n
     sums_offset, bits_offset, q_offset, factors_offset, _ = config.shared()
-    block_sums_offset = sums_offset + 8 * warps * rows_a_block
     pitch = 4 * (config.head_dim + 4)  # bytes between rows of a warp's output: its 32 lanes then meet 32 banks
     n_q, n_acc, n_x, n_row = 2 * steps * row_tiles_n, 4 * steps * row_tiles_n, 4 * row_tiles_n, 2 * row_tiles_n
     zero, one, nothing, hidden, log2e = (np.float32(c) for c in (0, 1, NOTHING, -np.inf, LOG2E))
-    wait_for_oldest = ptx.CP_ASYNC_WAIT[stages - 1]
+    all_keys = np.uint32(0xFFFF)
+    zeroth, last_stage, wait_for_oldest = np.int32(0), np.int32(stages - 1), ptx.CP_ASYNC_WAIT[stages - 1]
     xor_4, xor_8, xor_16 = (ptx.shuffle_xor[n] for n in (4, 8, 16))
     key_range, stage_q, copy_keys = make_key_range(tile_keys), decode_tile.make_stage_q(config), decode_tile.make_copy_keys(config)
     scores, softmax, outputs = decode_tile.make_scores(config, chains), decode_tile.make_softmax(config), decode_tile.make_outputs(config)
-    merge_warps, merge_blocks = make_merge_warps(warps, rows_a_block, pitch), make_merge_blocks()
 
     def decode_mma(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
                    q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head, v_page, v_slot,
                    v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window, kinds, scale, cap):
-        ptx.launch_dependents()  # the combining kernel may take its place, and waits there for the end of this one
         shared_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
@@ -60,23 +57,39 @@ def make(config: Config) -> Callable:
         if (batch * kv_heads + kv_head) * row_tiles + row_tile >= blocks:
             return
         first_row, splits = row_tile * rows_a_block, np.int32(cuda.gridDim.x)
-        length = np.int32(ptx.ld_global_32(np.int64(lengths_gl) + 4 * batch))  # on its way while q is staged
+        lengths_gl, table_gl = np.int64(lengths_gl) + 4 * batch, np.int64(table_gl)
+        k_gl, v_gl = np.int64(k_gl) + 16 * kv_head * k_head, np.int64(v_gl) + 16 * kv_head * v_head
+        if table_gl != 0:
+            table_gl += 4 * batch * table_row
+        ring_sh, bits_sh = shared_sh + warp * ring_bytes, shared_sh + bits_offset + warp * 4 * stages
+        ptx.wait_for_primary()
+        ptx.launch_dependents()  # the combining kernel may take its place, and waits there for the end of this one
+        length, start, tiles = key_range(np.int32(ptx.ld_written_32(lengths_gl)), capacity, new, window)
+
+        # The first tiles are on their way before q is asked for: theirs is the longer way.
+        certain = np.int32(length - new)  # up to there every row sees a key
+        own, stride, real_units = np.int32(start + warp * KEYS + (lane & 15)), np.int32(splits * tile_keys), np.int32(head_dim // per_unit)
+        last, key, page, slot = np.int32(length - 1), np.int32(own + split * tile_keys), np.uint32(0), np.uint32(0)
+        if split < tiles:
+            page, slot = lookup(table_gl, batch, min(key, last), page_size)
+        for ahead in range(stages - 1):
+            if np.int32(split + ahead * splits) < tiles:
+                copy_keys(k_gl, v_gl, ring_sh + ahead * (2 * half_stage), bits_sh + 4 * ahead, lane, key < length and page < pages,
+                          page * k_page + slot * k_slot, page * v_page + slot * v_slot, real_units)
+                key = np.int32(key + stride)
+                page, slot = lookup(table_gl, batch, min(key, last), page_size)
+            ptx.cp_async_commit()
+
         value_scale = one
         if not wide:
-            scale *= ptx.ld_global_f32(np.int64(k_scale_gl) + 4 * kv_head)
-            value_scale = ptx.ld_global_f32(np.int64(v_scale_gl) + 4 * kv_head)
+            scale *= ptx.ld_written_f32(np.int64(k_scale_gl) + 4 * kv_head)
+            value_scale = ptx.ld_written_f32(np.int64(v_scale_gl) + 4 * kv_head)
         q_sh, factor_sh = shared_sh + q_offset, shared_sh + factors_offset
         token, head = row_of(first_row + thread // q_threads, kv_head, group)
         q_gl = np.int64(q_gl) + 2 * (batch * q_batch + token * q_new + head * q_head)
         stage_q(q_gl, q_sh, factor_sh, thread, token < new, head_dim, scale, kinds >> 2)
         cuda.syncthreads()
-        length, start, low, high = key_range(length, capacity, new, window, split, splits)
-        k_gl, v_gl = np.int64(k_gl) + 16 * kv_head * k_head, np.int64(v_gl) + 16 * kv_head * v_head
-        table_gl = np.int64(table_gl)
-        if table_gl != 0:
-            table_gl += 4 * batch * table_row
-        ring_sh, bits_sh, q_sh = shared_sh + warp * ring_bytes, shared_sh + bits_offset + warp * 4 * stages, q_sh + 8 * lane
-
+        q_sh += 8 * lane
         q = cuda.local.array(n_q, np.uint32)
         factor = cuda.local.array(n_row, np.float32)
         position = cuda.local.array(n_row, np.int32)
@@ -94,9 +107,9 @@ def make(config: Config) -> Callable:
                 at = batch * bias_batch + head * bias_head + token * bias_new
                 bias_row[r] = np.int64(bias_gl) + at * (4 if kinds & 3 == 0 else 2)
             if slopes_gl != 0:
-                slope[r] = log2e * ptx.ld_global_f32(np.int64(slopes_gl) + 4 * head)
+                slope[r] = log2e * ptx.ld_written_f32(np.int64(slopes_gl) + 4 * head)
 
-        score = cuda.local.array(8, np.float32)
+        score = cuda.local.array(16, np.float32)
         x = cuda.local.array(n_x, np.float32)
         p = cuda.local.array(n_row, np.uint32)
         acc = cuda.local.array(n_acc, np.float32)
@@ -106,55 +119,51 @@ def make(config: Config) -> Callable:
             acc[i] = zero
         for r in range(n_row):
             top[r], total[r] = nothing, zero
-        own = start + warp * KEYS
-        page, slot = np.uint32(0), np.uint32(0)
-        if low < high:
-            page, slot = lookup(table_gl, batch, min(own + low * tile_keys + (lane & 15), length - 1), page_size)
-        filling, using = 0, 0
-        for tile in range(low - (stages - 1), high):
+        filling, using = last_stage, zeroth
+        for tile in range(split, tiles, splits):
             ptx.warp_sync()  # the stage that is filled next has been read by every lane
-            if tile + (stages - 1) < high:
-                first = own + (tile + (stages - 1)) * tile_keys
-                bits = ptx.ballot(1 if first + (lane & 15) < length and page < pages else 0) & 0xFFFF
-                if lane == 0:
-                    ptx.st_shared_32(bits_sh + 4 * filling, bits)
-                copy_keys(k_gl, v_gl, ring_sh + filling * (2 * half_stage), bits, lane, page, slot, k_page, k_slot, v_page, v_slot,
-                          head_dim // per_unit)
-                filling = 0 if filling == stages - 1 else filling + 1
-                page, slot = lookup(table_gl, batch, min(first + tile_keys + (lane & 15), length - 1), page_size)  # there by the next turn
+            if np.int32(tile + (stages - 1) * splits) < tiles:
+                copy_keys(k_gl, v_gl, np.int32(ring_sh + filling * (2 * half_stage)), np.int32(bits_sh + 4 * filling), lane,
+                          key < length and page < pages, page * k_page + slot * k_slot, page * v_page + slot * v_slot, real_units)
+                key = np.int32(key + stride)
+                page, slot = lookup(table_gl, batch, min(key, last), page_size)  # there by the next turn
+                filling = zeroth if filling == last_stage else np.int32(filling + 1)
             ptx.cp_async_commit()
-            if tile >= low:
-                wait_for_oldest()
-                ptx.warp_sync()
-                stage_sh = ring_sh + using * (2 * half_stage)
-                bits = ptx.ld_shared_32(bits_sh + 4 * using)
-                using = 0 if using == stages - 1 else using + 1
-                first = own + tile * tile_keys
-                for i in range(8):
-                    score[i] = zero
-                scores(score, stage_sh, lane, q, q_sh)
+            wait_for_oldest()
+            ptx.warp_sync()
+            stage_sh = np.int32(ring_sh + using * (2 * half_stage))
+            bits = ptx.ld_shared_32(np.int32(bits_sh + 4 * using))
+            using = zeroth if using == last_stage else np.int32(using + 1)
+            first = np.int32(start + warp * KEYS + tile * tile_keys)
+            for i in range(16):
+                score[i] = zero
+            scores(score, stage_sh, lane, q, q_sh)
+            for i in range(n_x):
+                at = 4 * chains * (i >> 2) + (i & 3)
+                x[i] = score[at] + score[at + 4]
+                if chains == 4:
+                    x[i] += score[at + 8] + score[at + 12]
+                x[i] *= factor[2 * (i >> 2) + (i & 1)]
+            if cap != zero:
                 for i in range(n_x):
-                    x[i] = (score[i] + score[4 + i] if chains == 2 else score[i]) * factor[2 * (i >> 2) + (i & 1)]
-                if cap != zero:
-                    for i in range(n_x):
-                        x[i] = capped(x[i], cap)
-                if bias_gl != 0:
-                    for i in range(n_x):
-                        key = g + 8 * ((i >> 1) & 1)
-                        if (bits >> key) & 1 != 0:
-                            x[i] += load_bias(bias_row[2 * (i >> 2) + (i & 1)], first + key, bias_key, kinds & 3)
-                if slopes_gl != 0:
-                    for i in range(n_x):
-                        behind = position[2 * (i >> 2) + (i & 1)] - first - g - 8 * ((i >> 1) & 1)
-                        x[i] -= slope[2 * (i >> 2) + (i & 1)] * abs(np.float32(behind))
-                if bits != 0xFFFF or first + (KEYS - 1) > length - new or (window >= 0 and first < length - 1 - window):
-                    for i in range(n_x):
-                        key = g + 8 * ((i >> 1) & 1)
-                        behind = position[2 * (i >> 2) + (i & 1)] - first - key
-                        if (bits >> key) & 1 == 0 or behind < 0 or (window >= 0 and behind > window):
-                            x[i] = hidden
-                softmax(x, acc, top, total, p)
-                outputs(acc, stage_sh + half_stage, lane, p)
+                    x[i] = capped(x[i], cap)
+            if bias_gl != 0:
+                for i in range(n_x):
+                    key = g + 8 * ((i >> 1) & 1)
+                    if (bits >> key) & 1 != 0:
+                        x[i] += load_bias(bias_row[2 * (i >> 2) + (i & 1)], first + key, bias_key, kinds & 3)
+            if slopes_gl != 0:
+                for i in range(n_x):
+                    behind = position[2 * (i >> 2) + (i & 1)] - first - g - 8 * ((i >> 1) & 1)
+                    x[i] -= slope[2 * (i >> 2) + (i & 1)] * abs(np.float32(behind))
+            if bits != all_keys or np.int32(first + (KEYS - 1)) > certain or (window >= 0 and first < np.int32(last - window)):
+                for i in range(n_x):
+                    key = g + 8 * ((i >> 1) & 1)
+                    behind = np.int32(position[2 * (i >> 2) + (i & 1)] - first - key)
+                    if (bits >> key) & 1 == 0 or behind < 0 or (window >= 0 and behind > window):
+                        x[i] = hidden
+            softmax(x, acc, top, total, p)
+            outputs(acc, stage_sh + half_stage, lane, p)
 
         cuda.syncthreads()  # every warp has read its rings
         for r in range(n_row):
@@ -173,39 +182,33 @@ def make(config: Config) -> Callable:
                 else:
                     ptx.st_shared_64(row_sh + 8 * g + 64 * j, ptx.f32_bits(acc[at]), ptx.f32_bits(acc[at + 2]))
         cuda.syncthreads()
-        blocks_a_cluster = np.int32(ptx.cluster_size())
-        items, first_line = min(rows_a_block, new * group - first_row) * head_dim_quarter, batch * new * kv_heads * group
-        for item in range(thread, items, threads):
+        for item in range(thread, min(rows_a_block, new * group - first_row) * head_dim_quarter, threads):
             row, column = item // head_dim_quarter, 4 * (item % head_dim_quarter)
-            part_sh = shared_sh + pitch * row + 4 * column
-            highest, whole, a, b, c, d = merge_warps(part_sh, shared_sh + sums_offset + 8 * row, value_scale)
-            if blocks_a_cluster > 1:  # in place of warp 0's, which this thread alone reads; their sums are read by others
-                ptx.st_shared_128(part_sh, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))
-                if column == 0:
-                    ptx.st_shared_64(shared_sh + block_sums_offset + 8 * row, ptx.f32_bits(highest), ptx.f32_bits(whole))
-            elif column < head_dim:
+            if column < head_dim:
+                highest, whole, a, b, c, d = nothing, zero, zero, zero, zero, zero
+                for w in range(warps):
+                    highest = ptx.maximum(highest, ptx.ld_shared_f32(shared_sh + sums_offset + 8 * (w * rows_a_block + row)))
+                for w in range(warps):
+                    sums = ptx.ld_shared_64(shared_sh + sums_offset + 8 * (w * rows_a_block + row))
+                    part = ptx.ld_shared_128(shared_sh + pitch * (w * rows_a_block + row) + 4 * column)
+                    weight = ptx.exp2(ptx.bits_f32(sums[0]) - highest)
+                    whole = ptx.fma(weight, ptx.bits_f32(sums[1]), whole)
+                    weight *= value_scale
+                    a, b = ptx.fma(weight, ptx.bits_f32(part[0]), a), ptx.fma(weight, ptx.bits_f32(part[1]), b)
+                    c, d = ptx.fma(weight, ptx.bits_f32(part[2]), c), ptx.fma(weight, ptx.bits_f32(part[3]), d)
                 token, head = row_of(first_row + row, kv_head, group)
-                line = first_line + token * kv_heads * group + head
+                line = (batch * new + token) * kv_heads * group + head
                 store_result(a, b, c, d, highest, whole, line, column, head_dim, split, splits, np.int64(out_gl), np.int64(partial_gl),
                              np.int64(lse_gl), kinds >> 2)
-        if blocks_a_cluster > 1:
-            ptx.cluster_sync()
-            for item in range(np.int32(ptx.cluster_rank()) * threads + thread, items, blocks_a_cluster * threads):
-                row, column = item // head_dim_quarter, 4 * (item % head_dim_quarter)
-                if column < head_dim:
-                    highest, whole, a, b, c, d = merge_blocks(shared_sh + pitch * row + 4 * column, shared_sh + block_sums_offset + 8 * row,
-                                                              blocks_a_cluster)
-                    token, head = row_of(first_row + row, kv_head, group)
-                    line = first_line + token * kv_heads * group + head
-                    store_result(a, b, c, d, highest, whole, line, column, head_dim, 0, 1, np.int64(out_gl), np.int64(0), np.int64(0),
-                                 kinds >> 2)
-            ptx.cluster_sync()  # no block ends while another reads from it
 
     return decode_mma
 
 
-def spec(config: Config, cluster: int = 1) -> Spec:
-    return Spec(make, config, SIGNATURE, threads=32 * config.warps, shared_bytes=config.shared()[-1], cluster=cluster)
+def spec(config: Config, shared_bytes: int = 0, dependent: bool = False) -> Spec:
+    """shared_bytes above what is needed keep further blocks from a multiprocessor."""
+    shared_bytes = max(shared_bytes, config.shared()[-1])
+    return Spec(make, config, SIGNATURE, threads=32 * config.warps, shared_bytes=shared_bytes, min_blocks=3 if config.rows == 8 else 1,
+                dependent=dependent)
 
 
 def variants() -> Iterator[Spec]:

@@ -59,16 +59,16 @@ def make(config: Config) -> Callable:
     def decode_plain(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
                      q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head, v_page, v_slot,
                      v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window, kinds, scale, cap):
-        ptx.launch_dependents()
         shared_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
         batch, kv_head, row, split = block_of(row_tiles, kv_heads)
         if (batch * kv_heads + kv_head) * row_tiles + row >= blocks:
             return
+        ptx.launch_dependents()
         splits, kind = np.int32(cuda.gridDim.x), kinds >> 2
         token, head = row_of(row, kv_head, group)
         length = np.int32(ptx.ld_global_32(np.int64(lengths_gl) + 4 * batch))
-        length, start, low, high = key_range(length, capacity, new, window, split, splits)
+        length, start, tiles = key_range(length, capacity, new, window)
         position = length - new + token
         value_scale = one
         if k_scale_gl != 0:
@@ -94,7 +94,7 @@ def make(config: Config) -> Callable:
                 else:
                     q[i] = scale * load_bf16(np.int64(q_gl) + 2 * element)
         highest, total = lowest, zero
-        for tile in range(low, high):
+        for tile in range(split, tiles, splits):
             for u in range(KEYS):
                 key = start + tile * tile_keys + warp * KEYS + u
                 page, slot, seen = batch, np.int64(key), key < length and key <= position and (window < 0 or key >= position - window)

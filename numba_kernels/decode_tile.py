@@ -39,9 +39,9 @@ class Config:
         return self.head_dim * self.rows <= 2560
 
     def shared(self) -> tuple[int, int, int, int, int]:
-        """Offsets of maxima and sums of each warp and the block, valid-key bits, q, its factors, the end. Outputs reuse the rings."""
+        """Offsets of each warp's maxima and sums, valid-key bits, q, its factors, the end. The warps' outputs reuse the rings."""
         sums = self.warps * self.rows * 4 * (self.head_dim + 4)
-        bits = max(self.warps * self.stages * 2 * KEYS * self.row_bytes, sums + (self.warps + 1) * self.rows * 8)
+        bits = max(self.warps * self.stages * 2 * KEYS * self.row_bytes, sums + self.warps * self.rows * 8)
         q = bits + -(-4 * self.warps * self.stages // 16) * 16
         factors = q + self.rows * self.head_dim * 2
         return sums, bits, q, factors, factors + 4 * self.rows
@@ -65,7 +65,7 @@ def lookup(table_gl, batch, key, page_size):
     page, slot = np.uint32(batch), np.uint32(key)
     if table_gl != 0:
         index = ptx.div_u32(key, page_size)
-        page, slot = ptx.ld_global_32(table_gl + 4 * np.int64(index)), np.uint32(key - index * page_size)
+        page, slot = ptx.ld_written_32(table_gl + 4 * np.int64(index)), np.uint32(key - index * page_size)
     return page, slot
 
 
@@ -88,7 +88,7 @@ def make_stage_q(config: Config) -> Callable:
         for unit in range(first, q_units, q_threads):
             words = (np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0))
             if valid and 8 * unit < head_dim:
-                words = ptx.ld_global_128(q_gl + 16 * unit)
+                words = ptx.ld_written_128(q_gl + 16 * unit)
             unit_sh = to_sh + 256 * row_tiles_n * (unit >> 1)
             if wide:
                 for i in range(4):
@@ -125,30 +125,35 @@ def make_copy_keys(config: Config) -> Callable:
     (shift, mask), lanes = swizzle(units), lanes_a_row(units)
     rows_a_copy, columns, copies = 32 // lanes, -(-units // lanes), -(-KEYS * lanes // 32)
     half_stage, last_column_full = KEYS * row_bytes, units % lanes == 0
+    absent, sixteen, none = np.uint32(0xFFFFFFFF), np.uint32(16), np.uint32(0)
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_keys(k_gl, v_gl, stage_sh, bits, lane, page, slot, k_page, k_slot, v_page, v_slot, real_units):
-        """Starts the copies of 16 keys; what is not valid or past head_dim becomes zero. Lane l holds the page and slot of key l & 15."""
+    def copy_keys(k_gl, v_gl, stage_sh, bits_sh, lane, valid, k_unit, v_unit, real_units):
+        """Starts the copies of 16 keys. Lane l has that of key l & 15: k_unit and v_unit x 16 bytes after k_gl and v_gl, if it is valid.
+
+        What is not valid or past real_units becomes zeros: of that nothing is read, wherever it would lie.
+        """
+        bits = np.uint32(ptx.ballot(1 if valid else 0) & 0xFFFF)
+        if lane == 0:
+            ptx.st_shared_32(bits_sh, bits)
+        k_unit, v_unit, column = np.uint32(k_unit), np.uint32(v_unit) if valid else absent, np.int32(lane % lanes)
+        k_gl, v_gl = k_gl + (column << 4), v_gl + (column << 4)
         for i in range(copies):
             row = i * rows_a_copy + lane // lanes
-            row_page, row_slot = np.int64(ptx.shuffle_index(page, row)), np.int64(ptx.shuffle_index(slot, row))
-            k_at, v_at, there = np.int64(0), np.int64(0), np.int64(0)
-            if (bits >> row) & 1 != 0:
-                k_at, v_at, there = row_page * k_page + row_slot * k_slot, row_page * v_page + row_slot * v_slot, real_units
+            row_k, row_v = ptx.shuffle_index(k_unit, row), ptx.shuffle_index(v_unit, row)
             row_sh, turn = stage_sh + row * row_bytes, (row >> shift) & mask
             for j in range(columns):
-                column = lane % lanes + j * lanes
-                if last_column_full or column < units:
-                    size = 16 if column < there else 0
-                    at = column if column < there else 0
-                    ptx.cp_async_16(row_sh + ((column ^ turn) << 4), k_gl + ((k_at + at) << 4), size)
-                    ptx.cp_async_16(row_sh + half_stage + ((column ^ turn) << 4), v_gl + ((v_at + at) << 4), size)
+                if last_column_full or column + j * lanes < units:
+                    size = sixteen if row_v != absent and np.int32(column + j * lanes) < real_units else none
+                    to_sh = row_sh + (((column + j * lanes) ^ turn) << 4)
+                    ptx.cp_async_16(to_sh, k_gl + (np.int64(row_k) << 4) + 16 * j * lanes, size)
+                    ptx.cp_async_16(to_sh + half_stage, v_gl + (np.int64(row_v) << 4) + 16 * j * lanes, size)
 
     return copy_keys
 
 
 def make_scores(config: Config, chains: int) -> Callable:
-    """`chains` independent accumulators of s, so that two mma are in flight."""
+    """scores(score, ...) leaves s as `chains` sums, so that many mma are on their way at once: score[4 * chains * n :] is of row tile n."""
     steps, row_tiles_n, row_bytes, wide = config.head_dim // 16, config.rows // 8, config.row_bytes, config.cache == "16-bit"
     (shift, mask), q_registers = swizzle(row_bytes // 16), config.q_in_registers
     mma, (widen_pairs, _) = ptx.MMA[config.dtype], make_widen(config.cache)
