@@ -63,12 +63,12 @@ def show(console: Console) -> None:
     else:
         console.print("GPUs: none found. The CPU is used: every op runs on PyTorch there, with the same results.")
     for sentence in missing:
-        console.print(f"Missing: {sentence}", soft_wrap=True)
+        console.print(f"Missing: {sentence}", soft_wrap=True, markup=False)  # "[cu13]" is no style
 
     folder = kernel_cache()
     kernels = list(folder.glob("*.cubin")) if folder.is_dir() else []
     console.print(f"Compiled kernels: {folder} ({len(kernels)} kernels, {sum(k.stat().st_size for k in kernels) / 2**20:.1f} MiB); "
-                  "set FTOPS_CACHE to move it", soft_wrap=True)
+                  "set FTOPS_CACHE to move it", soft_wrap=True, markup=False)
 
     table = Table(title="ftops.ops" if not missing else "ftops.ops (a GPU is not usable here)", title_justify="left")
     for column in ("op", "on a GPU", "on the CPU"):

@@ -4,17 +4,17 @@ from __future__ import annotations
 import logging
 import os
 
-# Before torch or transformers are imported: no test may depend on a download, and workers share the machine's cores.
+# Before torch or transformers are imported, and for the programs that tests start: no download, and workers share the machine's cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, len(os.sched_getaffinity(0)) // WORKERS))))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 # torch.compile traces at DEBUG whatever the level asked for; caught by pytest it buries the failure.
 logging.getLogger("torch.__trace").propagate = False
-torch.set_num_threads(max(1, min(4, len(os.sched_getaffinity(0)) // WORKERS)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,10 +32,11 @@ def test_a_narrow_terminal_cuts_nothing_off(capsys, monkeypatch):
     assert "…" not in shown and max(map(len, shown[shown.index("┏"):].splitlines())) <= 40
 
 
-def test_it_names_a_missing_compiler(monkeypatch):
-    """A GPU machine without the CUDA compiler wheels is told which extra to install."""
+def test_it_names_a_missing_compiler(monkeypatch, capsys):
+    """A machine without the CUDA compiler wheels is told which extra to install."""
     monkeypatch.setattr(info, "installed", lambda *names: None if "nvidia-nvjitlink" in names else "1.0")
-    assert any("nvidia-nvjitlink" in sentence and "ftops[cu13]" in sentence for sentence in info.missing_for_gpu())
+    assert main(["info"]) == 0
+    assert "lacks nvidia-nvjitlink: pip install 'ftops[cu13]' (or [cu12] " in capsys.readouterr().out
 
 
 def test_the_cuda_12_wheels_count(monkeypatch):
