@@ -26,7 +26,7 @@ def make_locate(rows: int) -> Callable:
 
     @cuda.jit(device=True, forceinline=True)
     def locate(queries, keys, heads, tiles, left, right, lengths_gl, starts_q_gl, starts_kv_gl):
-        block = np.uint32(cuda.blockIdx.x)
+        block = ptx.here(np.uint32(cuda.blockIdx.x))
         row_of_heads = ptx.div_u32(block, np.uint32(tiles))
         tile = np.int32(tiles - np.int32(1) - np.int32(block - row_of_heads * np.uint32(tiles)))
         batch = ptx.div_u32(row_of_heads, np.uint32(heads))
@@ -42,8 +42,8 @@ def make_locate(rows: int) -> Callable:
             limit = np.int32(min(limit, np.int32(ptx.ld_global_32(lengths_gl + at))))
         first_row = np.int32(tile * np.int32(rows))
         position = np.int32(keys - queries + first_row)
-        begin = np.int32(max(position - left, np.int32(0)))
-        end = np.int32(min(limit, position + min(np.int32(rows), np.int32(queries - first_row)) + right))
+        begin = np.int32(max(np.int32(position - left), np.int32(0)))
+        end = np.int32(min(limit, np.int32(position + min(np.int32(rows), np.int32(queries - first_row)) + right)))
         return batch, head, first_row, np.int32(queries), np.int32(keys), start_q, start_kv, limit, position, begin, end
 
     return locate

@@ -81,14 +81,13 @@ def make(config: Config) -> Callable:
     q_bytes, tile_bytes = np.uint32(rows * pitch), np.uint32(keys * pitch)
     v_offset = np.uint32(rows * pitch + config.stages * keys * pitch)
     score_size, out_size, halves = row_tiles * keys // 2, row_tiles * head_dim // 2, 2 * row_tiles
-    total_size = 4 * row_tiles
     q_size = row_tiles * head_dim // 4 if q_registers else 1
     lanes = shape.mask + 1
     columns = head_dim // 8 // lanes
     row_step = 32 * warps // lanes
     fetch_q_place, fetch_sizes, fetch_q = make_fetch(head_dim, rows, 32 * warps)
     fetch_place, _, fetch = make_fetch(head_dim, keys, 32 * warps)
-    row_places, key_places = make_places(head_dim)
+    fill_places = make_places(head_dim)
     load_q, scores, accumulate = make_products(config.dtype, head_dim, keys, row_tiles, q_registers)
     softmax, finish = make_softmax(head_dim, keys, row_tiles)
     hide = make_hide(keys, row_tiles)
@@ -96,13 +95,16 @@ def make(config: Config) -> Callable:
     locate = make_locate(rows)
     store = make_store(config.dtype, head_dim, row_tiles)
 
+    @cuda.jit(device=True, forceinline=True)
+    def first_warp_row():
+        return np.int32((ptx.here(np.uint32(cuda.threadIdx.x)) >> np.uint32(5)) * np.uint32(16 * row_tiles))
+
     def attention_mma(q_gl, k_gl, v_gl, out_gl, bias_gl, alibi_gl, lengths_gl, starts_q_gl, starts_kv_gl,
                       q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bias_batch, bias_head, bias_row, bias_key,
-                      queries, keys_there, heads, group, dim, tiles, left, right, bias_wide, scale, softcap):
+                      max_queries, max_keys, heads, group, dim, tiles, left, right, bias_wide, scale, softcap):
         base = ptx.shared_address(cuda.shared.array(0, np.uint8))
-        all_queries = queries
         batch, head, first_row, queries, keys_there, start_q, start_kv, limit, position, begin, end = locate(
-            queries, keys_there, heads, tiles, left, right, lengths_gl, starts_q_gl, starts_kv_gl)
+            max_queries, max_keys, heads, tiles, left, right, lengths_gl, starts_q_gl, starts_kv_gl)
         if first_row >= queries:
             return
         kv_head = np.uint64(ptx.div_u32(head, np.uint32(group)))
@@ -110,9 +112,6 @@ def make(config: Config) -> Callable:
         q_gl += np.uint64(batch) * np.uint64(q_batch) + np.uint64(start_q) * np.uint64(q_row) + head * np.uint64(q_head)
         k_gl += np.uint64(batch) * np.uint64(k_batch) + np.uint64(start_kv) * np.uint64(k_row) + kv_head * np.uint64(k_head)
         v_gl += np.uint64(batch) * np.uint64(v_batch) + np.uint64(start_kv) * np.uint64(v_row) + kv_head * np.uint64(v_head)
-        out_row = np.uint64(start_q)
-        if starts_q_gl == np.uint64(0):
-            out_row += np.uint64(batch) * np.uint64(all_queries)
 
         # Tiles from the one of key end - 1 down to that of begin; those within [whole_begin, whole_end) are seen whole by every row.
         last_key = np.int32(begin & np.int32(-keys))
@@ -120,23 +119,18 @@ def make(config: Config) -> Callable:
         whole_begin = np.int32(position + min(np.int32(rows), np.int32(queries - first_row)) - np.int32(1) - left)
         whole_end = np.int32(min(limit, position + right + np.int32(1)))
 
-        warp_row = np.int32(np.int32(cuda.threadIdx.x) >> np.int32(5)) * np.int32(16 * row_tiles)
-        own_q = np.uint32(base + np.uint32(warp_row) * np.uint32(pitch))
+        own_q = np.uint32(first_warp_row()) * np.uint32(pitch)
         out = cuda.local.array(out_size, np.float32)
         score = cuda.local.array(score_size, np.float32)
         q_reg = cuda.local.array(q_size, np.uint32)
         top = cuda.local.array(halves, np.float32)
-        total = cuda.local.array(total_size, np.float32)
+        total = cuda.local.array(halves, np.float32)
         sizes = cuda.local.array(columns, np.uint32)
-        q_at = cuda.local.array(places, np.uint32)
-        k_at = cuda.local.array(places, np.uint32)
-        v_at = cuda.local.array(places, np.uint32)
+        at = cuda.local.array(places, np.uint32)
         for i in range(out_size):
             out[i] = np.float32(0)
         for h in range(halves):
-            top[h] = np.float32(-np.inf)
-        for i in range(total_size):
-            total[i] = np.float32(0)
+            top[h], total[h] = MINUS_INFINITY, np.float32(0)
 
         if key >= last_key:
             factor = np.float32(1) if extras else scale * LOG2E
@@ -148,7 +142,7 @@ def make(config: Config) -> Callable:
             fetch_sizes(sizes, dim)
             row, byte, place = fetch_q_place()
             q_from = q_gl + np.uint64(np.uint32(first_row) + row) * np.uint64(q_row) + np.uint64(byte)
-            fetch_q(base + place, q_from, np.uint64(q_row) * np.uint64(row_step), sizes, queries - first_row)
+            fetch_q(base + place, q_from, np.uint64(q_row) * np.uint64(row_step), sizes, np.int32(queries - first_row))
             row, byte, place = fetch_place()
             k_to, v_to = np.uint32(base + place + q_bytes), np.uint32(base + place + v_offset)
             row = np.uint64(np.uint32(key) + row)
@@ -156,17 +150,14 @@ def make(config: Config) -> Callable:
             v_from = v_gl + row * np.uint64(v_row) + np.uint64(byte)
             k_step, v_step = np.uint64(k_row) * np.uint64(row_step), np.uint64(v_row) * np.uint64(row_step)
             k_from = fetch(k_to, k_from, k_step, sizes, np.int32(limit - key))
-            if double:
-                v_from = fetch(v_to, v_from, v_step, sizes, np.int32(limit - key))
+            v_from = fetch(v_to, v_from, v_step, sizes, np.int32(limit - key))
             ptx.cp_async_commit()
-            row_places(q_at, own_q)
-            key_places(k_at, base + q_bytes)
-            row_places(v_at, base + v_offset)
+            fill_places(at, base)
             if q_registers:
                 ptx.cp_async_wait_0()
                 cuda.syncthreads()
-                load_q(q_reg, q_at)
-            buffer = np.uint32(0)
+                load_q(q_reg, at, own_q)
+            buffer, first = np.uint32(0), True
             while key >= last_key:
                 more = key > last_key
                 ptx.cp_async_wait_0()
@@ -175,10 +166,10 @@ def make(config: Config) -> Callable:
                     if more:
                         k_from = fetch(k_to + (buffer ^ tile_bytes), k_from, k_step, sizes, np.int32(keys))
                         v_from = fetch(v_to + (buffer ^ tile_bytes), v_from, v_step, sizes, np.int32(keys))
-                else:
-                    v_from = fetch(v_to, v_from, v_step, sizes, np.int32(limit - key))
+                elif not first:
+                    v_from = fetch(v_to, v_from, v_step, sizes, np.int32(keys))
                 ptx.cp_async_commit()
-                scores(score, q_reg, q_at, k_at, buffer)
+                scores(score, q_reg, at, ptx.here(own_q), np.uint32(q_bytes + buffer))
                 if not double:
                     ptx.cp_async_wait_0()
                     cuda.syncthreads()
@@ -188,17 +179,26 @@ def make(config: Config) -> Callable:
                 if extras:
                     shape_scores(score, key, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_key, bias_wide,
                                  slope)
-                if key + np.int32(keys) > whole_end or key < whole_begin:
+                if np.int32(key + np.int32(keys)) > whole_end or key < whole_begin:
                     hide(score, key, position, left, right, limit)
                 softmax(score, out, top, total, factor)
-                accumulate(out, total, score, v_at, buffer)
-                key -= np.int32(keys)
+                accumulate(out, score, at, np.uint32(v_offset + buffer))
+                key, first = np.int32(key - np.int32(keys)), False
                 if double:
-                    buffer ^= tile_bytes
+                    buffer = np.uint32(buffer ^ tile_bytes)
         finish(out, total)
-        out_row = (out_row + np.uint64(first_row + warp_row)) * np.uint64(heads) + head
+        # Found anew: kept through the loop, all this would cost registers that it has not.
+        batch, head, first_row, queries, _, start_q, _, _, _, _, _ = locate(
+            max_queries, max_keys, heads, tiles, left, right, lengths_gl, starts_q_gl, starts_kv_gl)
+        warp_row = first_warp_row()
+        first_row = np.int32(first_row + warp_row)
+        out_row = np.uint64(start_q) + np.uint64(first_row)
+        if starts_q_gl == np.uint64(0):
+            out_row += np.uint64(batch) * np.uint64(max_queries)
         row_bytes = np.uint64(2 * dim)
-        store(out, own_q, out_gl + out_row * row_bytes, np.uint64(heads) * row_bytes, np.int32(queries - first_row - warp_row), dim)
+        out_gl += (out_row * np.uint64(heads) + np.uint64(head)) * row_bytes
+        own_q = np.uint32(base + np.uint32(warp_row) * np.uint32(pitch))
+        store(out, own_q, out_gl, np.uint64(heads) * row_bytes, np.int32(queries - first_row), dim)
 
     return attention_mma
 

@@ -78,7 +78,7 @@ def make_fetch(head_dim: int, rows: int, threads: int) -> tuple[Callable, Callab
                                     sizes[column])
                 source -= step
         else:
-            left -= np.int32(np.uint32(cuda.threadIdx.x) // lanes)
+            left = np.int32(left - np.int32(np.uint32(cuda.threadIdx.x) // lanes))
             for p in range(passes):
                 for column in range(columns):
                     size = sizes[column] if np.int32(rows - (p + 1) * row_step) < left else np.uint32(0)
@@ -90,57 +90,49 @@ def make_fetch(head_dim: int, rows: int, threads: int) -> tuple[Callable, Callab
     return fetch_place, fetch_sizes, fetch
 
 
-def make_places(head_dim: int) -> tuple[Callable, Callable]:
-    """(row_places, key_places): fill where in a tile this lane points ldmatrix for the column blocks 0 .. places - 1.
+def make_places(head_dim: int) -> Callable:
+    """fill(at, base): where in a tile at `base` this lane points ldmatrix for 16 rows of the column blocks 0 .. places - 1.
 
-    row_places: 16 rows as an A fragment (Q), or transposed as a B fragment (V). key_places: 16 rows as a B fragment, two 8-row halves (K).
+    The four 8 x 8 blocks that come back are rows 0 .. 7 and 8 .. 15 of the left 8 columns, then of the right: an A fragment (Q), transposed
+    two B fragments side by side (V), or, taken as (0, 2) and (1, 3), two B fragments of 8 rows each (K).
     """
     shape = layout(head_dim)
     pitch, shift, mask, places = np.uint32(shape.pitch), np.uint32(shape.shift), np.uint32(shape.mask), shape.places
 
     @cuda.jit(device=True, forceinline=True)
-    def fill(at, first, row, chunk):
-        swizzle = (row >> shift) & mask
+    def fill(at, base):
+        lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
+        row = lane & np.uint32(15)
         for block in range(places):
-            at[block] = np.uint32(first + row * pitch + (((chunk + np.uint32(2 * block)) ^ swizzle) << np.uint32(4)))
+            chunk = (lane >> np.uint32(4)) + np.uint32(2 * block)
+            at[block] = np.uint32(base + row * pitch + ((chunk ^ ((row >> shift) & mask)) << np.uint32(4)))
 
-    @cuda.jit(device=True, forceinline=True)
-    def row_places(at, first):
-        lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
-        fill(at, first, lane & np.uint32(15), lane >> np.uint32(4))
-
-    @cuda.jit(device=True, forceinline=True)
-    def key_places(at, first):
-        lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
-        fill(at, first, (lane & np.uint32(7)) | ((lane >> np.uint32(4)) << np.uint32(3)), (lane >> np.uint32(3)) & np.uint32(1))
-
-    return row_places, key_places
+    return fill
 
 
 def make_products(dtype: str, head_dim: int, keys: int, row_tiles: int, q_registers: bool) -> tuple[Callable, Callable, Callable]:
-    """(load_q, scores, accumulate) of a warp that holds 16 * row_tiles query rows.
+    """(load_q, scores, accumulate) of a warp that holds 16 * row_tiles query rows; `at` as filled by make_places for the first tile.
 
-    load_q(q_reg, q_at) reads all of Q's fragments. scores(score, q_reg, q_at, k_at, buffer): score = Q K^T, [row_tiles][keys / 8][4].
-    accumulate(out, score, v_at, buffer): out += P V, [row_tiles][head_dim / 8][4], with P = score rounded to the dtype: the accumulator
-    fragments of two 8-key tiles, packed, are the A fragment of 16 keys.
+    load_q(q_reg, at, q) reads all of Q's fragments, q bytes on. scores(score, q_reg, at, q, k): score = Q K^T, [row_tiles][keys / 8][4],
+    K's tile k bytes on. accumulate(out, score, at, v): out += P V, [row_tiles][head_dim / 8][4], with P = score rounded to the dtype: the
+    accumulator fragments of two 8-key tiles, packed, are the A fragment of 16 keys.
     """
     shape = layout(head_dim)
     pitch, places = shape.pitch, shape.places
     dim_blocks, key_blocks = head_dim // 16, keys // 16
     mma, pair = ptx.MMA[dtype], ptx.PAIR[dtype]
     kept = 4 * row_tiles
-    ones = np.uint32(0x3F803F80 if dtype == "bfloat16" else 0x3C003C00)
 
     @cuda.jit(device=True, forceinline=True)
-    def load_q(q_reg, q_at):
+    def load_q(q_reg, at, q):
         for d in range(dim_blocks):
             for r in range(row_tiles):
-                a = ptx.ldmatrix_x4(q_at[d % places] + np.uint32(16 * r * pitch + (d - d % places) * 32))
+                a = ptx.ldmatrix_x4(at[d % places] + q + np.uint32(16 * r * pitch + (d - d % places) * 32))
                 for i in range(4):
                     q_reg[(d * row_tiles + r) * 4 + i] = a[i]
 
     @cuda.jit(device=True, forceinline=True)
-    def scores(score, q_reg, q_at, k_at, buffer):
+    def scores(score, q_reg, at, q, k):
         a = cuda.local.array(kept, np.uint32)
         for i in range(row_tiles * key_blocks * 8):
             score[i] = np.float32(0)
@@ -151,43 +143,43 @@ def make_products(dtype: str, head_dim: int, keys: int, row_tiles: int, q_regist
                         a[4 * r + i] = q_reg[(d * row_tiles + r) * 4 + i]
                 else:
                     a[4 * r], a[4 * r + 1], a[4 * r + 2], a[4 * r + 3] = ptx.ldmatrix_x4(
-                        q_at[d % places] + np.uint32(16 * r * pitch + (d - d % places) * 32))
+                        at[d % places] + q + np.uint32(16 * r * pitch + (d - d % places) * 32))
             for n in range(key_blocks):
-                b0, b1, b2, b3 = ptx.ldmatrix_x4(k_at[d % places] + buffer + np.uint32(16 * n * pitch + (d - d % places) * 32))
+                b0, b1, b2, b3 = ptx.ldmatrix_x4(at[d % places] + k + np.uint32(16 * n * pitch + (d - d % places) * 32))
                 for r in range(row_tiles):
-                    at = (r * key_blocks + n) * 8
-                    mma(score, at, a[4 * r], a[4 * r + 1], a[4 * r + 2], a[4 * r + 3], b0, b1)
-                    mma(score, at + 4, a[4 * r], a[4 * r + 1], a[4 * r + 2], a[4 * r + 3], b2, b3)
+                    to = (r * key_blocks + n) * 8
+                    mma(score, to, a[4 * r], a[4 * r + 1], a[4 * r + 2], a[4 * r + 3], b0, b2)
+                    mma(score, to + 4, a[4 * r], a[4 * r + 1], a[4 * r + 2], a[4 * r + 3], b1, b3)
 
     @cuda.jit(device=True, forceinline=True)
-    def accumulate(out, total, score, v_at, buffer):
+    def accumulate(out, score, at, v):
         p = cuda.local.array(kept, np.uint32)
         for n in range(key_blocks):
             for r in range(row_tiles):
-                at = (r * key_blocks + n) * 8
+                of = (r * key_blocks + n) * 8
                 for i in range(4):
-                    p[4 * r + i] = pair(score[at + 2 * i], score[at + 2 * i + 1])
-                mma(total, 4 * r, p[4 * r], p[4 * r + 1], p[4 * r + 2], p[4 * r + 3], ones, ones)
+                    p[4 * r + i] = pair(score[of + 2 * i], score[of + 2 * i + 1])
             for d in range(dim_blocks):
-                b0, b1, b2, b3 = ptx.ldmatrix_x4_trans(v_at[d % places] + buffer + np.uint32(16 * n * pitch + (d - d % places) * 32))
+                b0, b1, b2, b3 = ptx.ldmatrix_x4_trans(at[d % places] + v + np.uint32(16 * n * pitch + (d - d % places) * 32))
                 for r in range(row_tiles):
-                    at = (r * dim_blocks + d) * 8
-                    mma(out, at, p[4 * r], p[4 * r + 1], p[4 * r + 2], p[4 * r + 3], b0, b1)
-                    mma(out, at + 4, p[4 * r], p[4 * r + 1], p[4 * r + 2], p[4 * r + 3], b2, b3)
+                    to = (r * dim_blocks + d) * 8
+                    mma(out, to, p[4 * r], p[4 * r + 1], p[4 * r + 2], p[4 * r + 3], b0, b1)
+                    mma(out, to + 4, p[4 * r], p[4 * r + 1], p[4 * r + 2], p[4 * r + 3], b2, b3)
 
     return load_q, scores, accumulate
 
 
 def make_softmax(head_dim: int, keys: int, row_tiles: int) -> tuple[Callable, Callable]:
-    """(softmax, finish). softmax(score, out, top, total, factor): score := 2 ** (factor * (score - running maximum)), and what was summed
-    before, out and total, is brought to the new maximum. top and total have one entry for each of a thread's 2 * row_tiles rows.
-    finish(out, total): out / total, and 0 for a row that saw nothing.
+    """(softmax, finish). softmax(score, out, top, total, factor): score := 2 ** (factor * (score - running maximum)), total += score, and
+    what was summed before, out and total, is brought to the new maximum. top and total have one entry for each of a thread's 2 * row_tiles
+    rows; top is of the whole row, total of this thread's columns. finish(out, total): out / total, and 0 for a row that saw nothing.
     """
-    halves, tiles, out_tiles = 2 * row_tiles, keys // 8, head_dim // 8
+    halves, tiles = 2 * row_tiles, keys // 8
+    row_size, scale = head_dim // 2, ptx.scale_fragments(head_dim // 8)
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
 
     @cuda.jit(device=True, forceinline=True)
-    def half(score, out, top, total, factor, h):
+    def half(score, top, total, rescale, factor, h):
         at = (h // 2) * tiles * 4 + 2 * (h % 2)
         high = top[h]
         for j in range(tiles):
@@ -196,37 +188,37 @@ def make_softmax(head_dim: int, keys: int, row_tiles: int) -> tuple[Callable, Ca
         high = ptx.maximum(high, quad_2(high))
         # A row that has seen nothing is measured from 0: -inf - -inf would be NaN.
         origin = np.float32(0) if high == MINUS_INFINITY else high
-        rescale = ptx.exp2((top[h] - origin) * factor)
+        rescale[h] = ptx.exp2((top[h] - origin) * factor)
         offset = -origin * factor
         top[h] = high
+        some = np.float32(0)
         for j in range(tiles):
             low = ptx.exp2(ptx.fma(score[at + 4 * j], factor, offset))
             next_ = ptx.exp2(ptx.fma(score[at + 4 * j + 1], factor, offset))
             score[at + 4 * j], score[at + 4 * j + 1] = low, next_
-        total[2 * h] *= rescale
-        at = (h // 2) * out_tiles * 4 + 2 * (h % 2)
-        for j in range(out_tiles):
-            out[at + 4 * j] *= rescale
-            out[at + 4 * j + 1] *= rescale
+            some += low + next_
+        total[h] = ptx.fma(total[h], rescale[h], some)
 
     @cuda.jit(device=True, forceinline=True)
     def softmax(score, out, top, total, factor):
-        # Written out: for sm_100 LLVM keeps a loop over this much, and with it the arrays in local memory.
-        half(score, out, top, total, factor, 0)
-        half(score, out, top, total, factor, 1)
+        rescale = cuda.local.array(halves, np.float32)
+        half(score, top, total, rescale, factor, 0)
+        half(score, top, total, rescale, factor, 1)
         if row_tiles == 2:
-            half(score, out, top, total, factor, 2)
-            half(score, out, top, total, factor, 3)
+            half(score, top, total, rescale, factor, 2)
+            half(score, top, total, rescale, factor, 3)
+        for r in range(row_tiles):
+            scale(out, r * row_size, rescale[2 * r], rescale[2 * r + 1])
 
     @cuda.jit(device=True, forceinline=True)
     def finish(out, total):
+        inverse = cuda.local.array(halves, np.float32)
         for h in range(halves):
-            whole = total[2 * h]
-            inverse = np.float32(0) if whole == np.float32(0) else ptx.reciprocal(whole)
-            at = (h // 2) * out_tiles * 4 + 2 * (h % 2)
-            for j in range(out_tiles):
-                out[at + 4 * j] *= inverse
-                out[at + 4 * j + 1] *= inverse
+            whole = total[h] + quad_1(total[h])
+            whole += quad_2(whole)
+            inverse[h] = np.float32(0) if whole == np.float32(0) else ptx.reciprocal(whole)
+        for r in range(row_tiles):
+            scale(out, r * row_size, inverse[2 * r], inverse[2 * r + 1])
 
     return softmax, finish
 
@@ -241,11 +233,11 @@ def make_hide(keys: int, row_tiles: int) -> Callable:
     def hide(score, first, position, left, right, limit):
         thread = np.int32(ptx.here(np.uint32(cuda.threadIdx.x)))
         column = np.int32(first + np.int32(2) * (thread & np.int32(3)))
-        position += (thread >> np.int32(5)) * np.int32(16 * row_tiles) + ((thread & np.int32(31)) >> np.int32(2))
+        row = np.int32(position + (thread >> np.int32(5)) * np.int32(16 * row_tiles) + ((thread & np.int32(31)) >> np.int32(2)))
         for h in range(halves):
             at = (h // 2) * tiles * 4 + 2 * (h % 2)
-            low = np.int32(position + np.int32(8 * h) - left)
-            high = np.int32(min(position + np.int32(8 * h) + right, limit - np.int32(1)))
+            low = np.int32(row + np.int32(8 * h) - left)
+            high = np.int32(min(np.int32(row + np.int32(8 * h) + right), np.int32(limit - np.int32(1))))
             # One unsigned comparison for both ends; where high < low nothing passes.
             span = np.uint32(high - low) if high >= low else np.uint32(0)
             start = np.uint32(column - low) if high >= low else np.uint32(0x80000000)

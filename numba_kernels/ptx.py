@@ -5,6 +5,7 @@ Numba is imported here and in the kernel files only, so this module is loaded at
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -90,6 +91,24 @@ def ptx_accumulate(name: str, asm: str, count: int, ins: str) -> Callable:
         return context.get_dummy_value()
 
     return _as_intrinsic(name, ["acc", "start"] + [f"a{i}" for i in range(len(ins))], codegen, types.void)
+
+
+@functools.cache
+def scale_fragments(count: int) -> Callable:
+    """Intrinsic `scale(acc, start, low, high)`: of `count` accumulator fragments from acc[start] on, rows g times low, rows g + 8 times high.
+
+    Written out in LLVM IR: in a kernel of this size LLVM for sm_100 keeps such a loop as one, and with it acc in local memory.
+    """
+    def codegen(context, builder, sig, args):
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        start = context.cast(builder, args[1], sig.args[1], types.int64)
+        factors = [context.cast(builder, a, t, types.float32) for a, t in zip(args[2:], sig.args[2:], strict=True)]
+        for i in range(4 * count):
+            pointer = builder.gep(data, [builder.add(start, ir.Constant(ir.IntType(64), i))])
+            builder.store(builder.fmul(builder.load(pointer), factors[i % 4 // 2]), pointer)
+        return context.get_dummy_value()
+
+    return _as_intrinsic(f"scale_fragments_{count}", ["acc", "start", "low", "high"], codegen, types.void)
 
 
 @intrinsic
