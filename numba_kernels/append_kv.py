@@ -1,7 +1,8 @@
 """append_kv on the GPU: cache[row, slot] = k[b, t] for keys and values, quantised on the way where the cache has 8 bits.
 
-A thread moves 16 bytes of a key or value (one element where addresses or strides do not allow that); a block takes whole tokens of keys
-(y = 0) or of values (y = 1). Quantising divides by the scale, as the reference does: a product with its reciprocal rounds otherwise.
+A thread moves 16 bytes of a key or value at a time (one element where addresses or strides do not allow that), those of up to four
+tokens together; a block takes whole tokens of keys (y = 0) or of values (y = 1). Quantising divides by the scale, as the reference does:
+a product with its reciprocal rounds otherwise.
 Floor: (reads of k and v + writes of their places in the cache) / copy bandwidth; of a few tokens, the latency of a launch.
 """
 from __future__ import annotations
@@ -20,9 +21,10 @@ from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.narrow import make_narrow
 from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, words_of
 
-SIGNATURE = "pppppppp" + "llll" * 4 + "lll" + "l" + "iiiiiii"
+SIGNATURE = "pppppppp" + "llll" * 4 + "lll" + "ll" + "iiiiiii"
 CACHES_8BIT = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
-THREADS = 256
+THREADS, ACCESSES = 256, 4
+FEW_TOKENS = 1024  # up to here a thread makes one access, so that more multiprocessors take part; beyond, four are on their way at once
 
 
 @dataclass(frozen=True)
@@ -43,58 +45,71 @@ def pick(dtype: torch.dtype, cache: torch.dtype, wide: bool) -> Config:
 
 def make(config: Config) -> Callable:
     vec, item, n_words, quantises = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec), config.cache != "same"
-    cache_item = 1 if quantises else item
+    n_kept, cache_item = n_words * ACCESSES, 1 if quantises else item
     fetch, copy = make_io(config.dtype, vec)
     unpack, _ = make_convert(config.dtype, vec)
     narrow = make_narrow(config.cache, vec) if quantises else None
 
     def append_kv(k_gl, v_gl, k_cache_gl, v_cache_gl, positions_gl, table_gl, k_scale_gl, v_scale_gl, k_batch, k_new, k_head, k_dense,
                   v_batch, v_new, v_head, v_dense, k_page, k_slot, k_cache_head, k_cache_dense, v_page, v_slot, v_cache_head, v_cache_dense,
-                  positions_batch, positions_new, table_row, capacity, tokens, new, heads, units, pages, page_size, wide_positions):
+                  positions_batch, positions_new, table_row, capacity, tokens, tokens_a_block, new, heads, units, pages, page_size,
+                  wide_positions):
         ptx.launch_dependents()
+        first_token = np.int64(cuda.blockIdx.x) * tokens_a_block
         x_gl, cache_gl, scale_gl = np.int64(k_gl), np.int64(k_cache_gl), np.int64(k_scale_gl)
         if cuda.blockIdx.y == 1:
             x_gl, cache_gl, scale_gl = np.int64(v_gl), np.int64(v_cache_gl), np.int64(v_scale_gl)
             k_batch, k_new, k_head, k_dense = v_batch, v_new, v_head, v_dense
             k_page, k_slot, k_cache_head, k_cache_dense = v_page, v_slot, v_cache_head, v_cache_dense
-        words = cuda.local.array(n_words, np.uint32)
+        words = cuda.local.array(n_kept, np.uint32)
         values = cuda.local.array(vec, np.float32)
+        place = cuda.local.array(ACCESSES, np.int64)
+        slot = cuda.local.array(ACCESSES, np.int64)
         a_token = heads * units
-        tokens_a_block = max(np.int32(1), np.int32(ptx.div_u32(THREADS, a_token)))
-        for turn in range(np.int32(cuda.threadIdx.x), tokens_a_block * a_token, THREADS):
-            in_block = np.int64(ptx.div_u32(turn, a_token))
-            in_token = turn - in_block * a_token
-            token, head = np.int64(cuda.blockIdx.x) * tokens_a_block + in_block, np.int64(ptx.div_u32(in_token, units))
-            if token < tokens:
-                batch, element = np.int64(ptx.div_u32(token, new)), (in_token - head * units) * vec
-                fetch(x_gl + item * (batch * k_batch + (token - batch * new) * k_new + head * k_head + element * k_dense), 1, words, 0)
-                at = batch * positions_batch + (token - batch * new) * positions_new
-                if wide_positions != 0:
-                    position = np.int64(ptx.ld_global_u64(np.int64(positions_gl) + 8 * at))
-                else:
-                    position = np.int64(np.int32(ptx.ld_global_32(np.int64(positions_gl) + 4 * at)))
-                if position >= 0 and position < capacity:
-                    page, slot = batch, position
-                    if table_gl != 0:
-                        index = np.int64(ptx.div_u32(position, page_size))
-                        page = np.int64(ptx.ld_global_32(np.int64(table_gl) + 4 * (batch * table_row + index)))
-                        slot = position - index * page_size
-                    if page < pages:  # unsigned: a page below 0 is far above
-                        to = cache_gl + cache_item * (page * k_page + slot * k_slot + head * k_cache_head + element * k_cache_dense)
-                        if quantises:
-                            scale = ptx.ld_global_f32(scale_gl + 4 * head)
-                            unpack(words, 0, values, 0)
-                            for i in range(vec):
-                                values[i] = ptx.divide_rn(values[i], scale)
-                            narrow(to, values)
-                        else:
-                            copy(to, 1, words, 0)
+        team = min(a_token, THREADS)
+        teams = np.int32(ptx.div_u32(THREADS, team))
+        own = np.int32(ptx.div_u32(cuda.threadIdx.x, team))
+        for turn in range(np.int32(cuda.threadIdx.x) - own * team, a_token if own < teams else 0, team):
+            head = np.int64(ptx.div_u32(turn, units))
+            element = (turn - head * units) * vec
+            for i in range(ACCESSES):
+                token, place[i], slot[i] = first_token + own + i * teams, -1, -1
+                live = own + i * teams < tokens_a_block and token < tokens
+                batch = np.int64(ptx.div_u32(token, new))
+                at = batch * k_batch + (token - batch * new) * k_new + head * k_head + element * k_dense
+                fetch(x_gl + item * at, 1 if live else 0, words, n_words * i)
+                if live:
+                    place[i], at = batch, batch * positions_batch + (token - batch * new) * positions_new
+                    if wide_positions != 0:
+                        slot[i] = np.int64(ptx.ld_global_u64(np.int64(positions_gl) + 8 * at))
+                    else:
+                        slot[i] = np.int64(np.int32(ptx.ld_global_32(np.int64(positions_gl) + 4 * at)))
+            if table_gl != 0:
+                for i in range(ACCESSES):
+                    if slot[i] >= 0 and slot[i] < capacity:
+                        index = np.int64(ptx.div_u32(slot[i], page_size))
+                        place[i] = np.int64(ptx.ld_global_32(np.int64(table_gl) + 4 * (place[i] * table_row + index)))
+                        slot[i] -= index * page_size
+                    else:
+                        place[i] = pages
+            for i in range(ACCESSES):
+                # Unsigned: a page below 0 is far above.
+                if place[i] < pages and slot[i] >= 0 and slot[i] < capacity:
+                    to = cache_gl + cache_item * (place[i] * k_page + slot[i] * k_slot + head * k_cache_head + element * k_cache_dense)
+                    if quantises:
+                        scale = ptx.ld_global_f32(scale_gl + 4 * head)
+                        unpack(words, n_words * i, values, 0)
+                        for n in range(vec):
+                            values[n] = ptx.divide_rn(values[n], scale)
+                        narrow(to, values)
+                    else:
+                        copy(to, 1, words, n_words * i)
 
     return append_kv
 
 
 def spec(config: Config) -> Spec:
-    return Spec(make, config, SIGNATURE, threads=THREADS)
+    return Spec(make, config, SIGNATURE, threads=THREADS, min_blocks=3)
 
 
 def variants() -> Iterator[Spec]:
@@ -140,7 +155,7 @@ def launch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: tor
     kernel, vec = _kernel(k.dtype, k_cache.dtype, wide, k.device.index)
     units = head_dim // vec
     positions_batch, positions_new = positions.stride()
-    tokens_a_block = max(1, THREADS // (heads * units))
+    tokens_a_block = max(1, THREADS // (heads * units)) * (1 if tokens <= FEW_TOKENS else ACCESSES)
     kernel(-(-tokens // tokens_a_block), 2, 1, k_at, v_at, k_cache_at, v_cache_at, positions.data_ptr(), table_at, k_scale_at,
            v_scale_at, *k_strides, *v_strides, *k_cache_strides, *v_cache_strides, positions_batch, positions_new, table_row, capacity,
-           tokens, new, heads, units, pages, page_size, positions.element_size() == 8)
+           tokens, tokens_a_block, new, heads, units, pages, page_size, positions.element_size() == 8)
