@@ -15,7 +15,7 @@ from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, empty_like, load
 from ftops.numba_kernels.rows import DTYPE_NAME
 
-NO_STRIDES = (0, 0, 0, 0)
+NO_STRIDES = (0, 0, 0)
 
 
 def variants() -> Iterator[Spec]:
@@ -66,7 +66,8 @@ def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int, queri
         alibi_slopes, lengths = _dense(alibi_slopes), _dense(lengths)
         starts_q, starts_kv = _dense(starts_q), _dense(starts_kv)
         packed = starts_q is not None
-        bias_strides = NO_STRIDES if bias is None else (step * bias.element_size() for step in bias.stride())
+        bias = bias if bias is None else _readable_bias(bias)
+        bias_strides = NO_STRIDES if bias is None else _byte_strides(bias, False)
         kernel(tiles * heads * batch, 1, 1, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), _address(bias),
                _address(alibi_slopes), _address(lengths), _address(starts_q), _address(starts_kv), *_byte_strides(q, packed),
                *_byte_strides(k, packed), *_byte_strides(v, packed), *bias_strides, queries, keys, heads, heads // k.shape[2], dim, tiles,
@@ -88,10 +89,23 @@ def _readable(t: torch.Tensor) -> torch.Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
+def _readable_bias(bias: torch.Tensor) -> torch.Tensor:
+    """bias[B,H,Sq,Skv] as the kernels' reads of pairs can take it: copied, but not where it is broadcast, if the keys of a row are not
+    adjacent or do not begin on 16 bytes."""
+    unit = 16 // bias.element_size()
+    batch, head, row, key = bias.stride()
+    if key == 1 and not (batch | head | row) % unit and not bias.data_ptr() & 15:
+        return bias
+    once = bias[tuple(slice(0, 1) if step == 0 else slice(None) for step in (batch, head, row))]
+    copy = once.new_empty((*once.shape[:3], -(-once.shape[3] // unit) * unit))[..., :once.shape[3]]
+    return copy.copy_(once).expand(bias.shape)
+
+
 def _byte_strides(t: torch.Tensor, packed: bool) -> tuple[int, int, int]:
-    batch, row, head, _ = t.stride()
+    """Of the first three dimensions; sequences that lie end to end have no batch stride."""
     item = t.element_size()
-    return 0 if packed else batch * item, row * item, head * item
+    first, second, third, _ = t.stride()
+    return 0 if packed else first * item, second * item, third * item
 
 
 def _address(t: torch.Tensor | None) -> int:

@@ -9,9 +9,9 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 
 # q, k, v, out, bias, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_kv (0 = not given); strides in bytes of q, k, v (batch, row, head)
-# and bias (batch, head, row, key); Sq, Skv, heads, query heads a kv head, head_dim, row tiles, window left and right, bias is float32;
+# and bias (batch, head, row); Sq, Skv, heads, query heads a kv head, head_dim, row tiles, window left and right, bias is float32;
 # scale, softcap. Packed sequences have batch strides of 0.
-SIGNATURE = "ppppppppp" + "lllllllll" + "llll" + "iiiiiiiii" + "ff"
+SIGNATURE = "ppppppppp" + "lllllllll" + "lll" + "iiiiiiiii" + "ff"
 UNBOUNDED = 1 << 30  # a window end beyond every key; positions +- it stay within int32
 
 

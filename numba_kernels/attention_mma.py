@@ -100,7 +100,7 @@ def make(config: Config) -> Callable:
         return np.int32((ptx.here(np.uint32(cuda.threadIdx.x)) >> np.uint32(5)) * np.uint32(16 * row_tiles))
 
     def attention_mma(q_gl, k_gl, v_gl, out_gl, bias_gl, alibi_gl, lengths_gl, starts_q_gl, starts_kv_gl,
-                      q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bias_batch, bias_head, bias_row, bias_key,
+                      q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bias_batch, bias_head, bias_row,
                       max_queries, max_keys, heads, group, dim, tiles, left, right, bias_wide, scale, softcap):
         base = ptx.shared_address(cuda.shared.array(0, np.uint8))
         batch, head, first_row, queries, keys_there, start_q, start_kv, limit, position, begin, end = locate(
@@ -177,8 +177,7 @@ def make(config: Config) -> Callable:
                         k_from = fetch(k_to, k_from, k_step, sizes, np.int32(keys))
                     ptx.cp_async_commit()
                 if extras:
-                    shape_scores(score, key, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_key, bias_wide,
-                                 slope)
+                    shape_scores(score, key, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_wide, slope)
                 if np.int32(key + np.int32(keys)) > whole_end or key < whole_begin:
                     hide(score, key, position, left, right, limit)
                 softmax(score, out, top, total, factor)
@@ -206,7 +205,7 @@ def make(config: Config) -> Callable:
 def make_shape_scores(dtype: str, keys: int, row_tiles: int) -> Callable:
     """score := log2(e) * (softcap(scale * score) + bias) - slope * |distance|, each part if asked for; slope comes with log2(e) in it."""
     halves, tiles = 2 * row_tiles, keys // 8
-    widen = ptx.LOW[dtype]
+    low, high = ptx.LOW[dtype], ptx.HIGH[dtype]
 
     @cuda.jit(device=True, forceinline=True)
     def in_log2(bias):
@@ -214,7 +213,31 @@ def make_shape_scores(dtype: str, keys: int, row_tiles: int) -> Callable:
         return bias if bias == MINUS_INFINITY else ptx.maximum(bias * LOG2E, np.float32(-1e29))
 
     @cuda.jit(device=True, forceinline=True)
-    def shape_scores(score, first, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_key, bias_wide, slope):
+    def add_bias(score, first, column, first_row, row, queries, keys_there, bias_gl, bias_row, bias_wide):
+        thread = np.int32(cuda.threadIdx.x)
+        width = np.uint64(4) if bias_wide else np.uint64(2)
+        # The tile after this one, on its way to L2 by then: a row a lane.
+        near_row = np.int32(first_row + (thread >> np.int32(5)) * np.int32(16 * row_tiles) + (thread & np.int32(16 * row_tiles - 1)))
+        ptx.prefetch_l2(bias_gl + np.uint64(min(near_row, np.int32(queries - 1))) * np.uint64(bias_row)
+                        + np.uint64(max(np.int32(first - np.int32(keys)), np.int32(0))) * width)
+        there = np.int32(keys_there - column)
+        for h in range(halves):
+            at = (h // 2) * tiles * 4 + 2 * (h % 2)
+            of_row = np.uint64(min(np.int32(row + np.int32(8 * h)), np.int32(queries - 1)))  # rows past the end are not kept
+            key_gl = bias_gl + of_row * np.uint64(bias_row) + np.uint64(column) * width
+            for j in range(tiles):
+                # Of a pair that begins before the last key both are there to be read: rows are whole 16 bytes.
+                live = np.uint32(np.int32(8 * j) < there)
+                if bias_wide:
+                    score[at + 4 * j] += in_log2(ptx.bits_f32(ptx.ld_global_32_if(key_gl + np.uint64(32 * j), live)))
+                    score[at + 4 * j + 1] += in_log2(ptx.bits_f32(ptx.ld_global_32_if(key_gl + np.uint64(32 * j + 4), live)))
+                else:
+                    pair = ptx.ld_global_32_if(key_gl + np.uint64(16 * j), live)
+                    score[at + 4 * j] += in_log2(low(pair))
+                    score[at + 4 * j + 1] += in_log2(high(pair))
+
+    @cuda.jit(device=True, forceinline=True)
+    def shape_scores(score, first, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_wide, slope):
         thread = np.int32(ptx.here(np.uint32(cuda.threadIdx.x)))
         column = np.int32(first + np.int32(2) * (thread & np.int32(3)))
         row = np.int32(first_row + (thread >> np.int32(5)) * np.int32(16 * row_tiles) + ((thread & np.int32(31)) >> np.int32(2)))
@@ -227,21 +250,7 @@ def make_shape_scores(dtype: str, keys: int, row_tiles: int) -> Callable:
             for i in range(halves * tiles * 2):
                 score[i] *= scale * LOG2E
         if bias_gl != np.uint64(0):
-            key_step = np.uint64(bias_key)
-            for h in range(halves):
-                at = (h // 2) * tiles * 4 + 2 * (h % 2)
-                # Keys from `there` on do not exist, and none does in a row past the end.
-                there = keys_there - column if row + np.int32(8 * h) < queries else np.int32(0)
-                key_gl = bias_gl + np.uint64(row + np.int32(8 * h)) * np.uint64(bias_row) + np.uint64(column) * key_step
-                for j in range(tiles):
-                    first_there, second_there = np.uint32(np.int32(8 * j) < there), np.uint32(np.int32(8 * j + 1) < there)
-                    if bias_wide:
-                        score[at + 4 * j] += in_log2(ptx.bits_f32(ptx.ld_global_32_if(key_gl, first_there)))
-                        score[at + 4 * j + 1] += in_log2(ptx.bits_f32(ptx.ld_global_32_if(key_gl + key_step, second_there)))
-                    else:
-                        score[at + 4 * j] += in_log2(widen(ptx.ld_global_16_if(key_gl, first_there)))
-                        score[at + 4 * j + 1] += in_log2(widen(ptx.ld_global_16_if(key_gl + key_step, second_there)))
-                    key_gl += np.uint64(8) * key_step
+            add_bias(score, first, column, first_row, row, queries, keys_there, bias_gl, bias_row, bias_wide)
         if slope != np.float32(0):
             for h in range(halves):
                 at = (h // 2) * tiles * 4 + 2 * (h % 2)

@@ -80,7 +80,7 @@ def make(config: Config) -> Callable:
         return x + x1(x)
 
     def attention_plain(q_gl, k_gl, v_gl, out_gl, bias_gl, alibi_gl, lengths_gl, starts_q_gl, starts_kv_gl,
-                        q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bias_batch, bias_head, bias_row, bias_key,
+                        q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bias_batch, bias_head, bias_row,
                         queries, keys, heads, group, dim, tiles, left, right, bias_wide, scale, softcap):
         base = ptx.shared_address(cuda.shared.array(0, np.float32))
         all_queries = queries
@@ -149,8 +149,8 @@ def make(config: Config) -> Callable:
                     if softcap > np.float32(0):
                         s = softcap * np.float32(math.tanh(s / softcap))
                     if bias_gl != np.uint64(0):
-                        bias_at = bias_gl + np.uint64(r) * np.uint64(bias_row) + np.uint64(key) * np.uint64(bias_key)
-                        s += ptx.ld_global_f32(bias_at) if bias_wide else load_one(bias_at, True)
+                        row_gl = bias_gl + np.uint64(r) * np.uint64(bias_row)
+                        s += ptx.ld_global_f32(row_gl + np.uint64(4 * key)) if bias_wide else load_one(row_gl + np.uint64(item * key), True)
                     s -= slope * np.float32(abs(np.int32(key - place)))
                 high = ptx.maximum(top[r], warp_max(s))
                 # A row that has seen nothing is measured from 0: -inf - -inf would be NaN.

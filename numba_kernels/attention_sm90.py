@@ -28,9 +28,9 @@ from ftops.numba_kernels.tma import tiles as tiles_of
 
 LOG2E = np.float32(1.4426950408889634)
 # Tensor maps of q, k, v; out, bias, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_kv, counters (0 = not given); strides in bytes of bias
-# (batch, head, row, key); Sq, Skv, heads, query heads a kv head, head_dim, batch, tiles a sequence, pairs of sequence and head a section, window
+# (batch, head, row); Sq, Skv, heads, query heads a kv head, head_dim, batch, tiles a sequence, pairs of sequence and head a section, window
 # left and right, bias is float32; scale, softcap.
-SIGNATURE = "ttt" + "ppppppp" + "llll" + "iiiiiiiiiii" + "ff"
+SIGNATURE = "ttt" + "ppppppp" + "lll" + "iiiiiiiiiii" + "ff"
 _SECTION_BYTES = 32 << 20  # keys and values that stay in an L2 of 50 MB while all their query rows pass
 
 
@@ -56,7 +56,7 @@ def make(config: Config) -> Callable:
     produce = make_produce(config)
 
     def attention_sm90(q_map, k_map, v_map, out_gl, bias_gl, alibi_gl, lengths_gl, starts_q_gl, starts_kv_gl, counters_gl, bias_batch, bias_head,
-                       bias_row, bias_key, queries, keys_there, heads, group, dim, batches, tiles, section, left, right, bias_wide, scale, softcap):
+                       bias_row, queries, keys_there, heads, group, dim, batches, tiles, section, left, right, bias_wide, scale, softcap):
         base = np.uint32((ptx.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00))
         thread = np.uint32(cuda.threadIdx.x)
         q_tensor, k_tensor, v_tensor = ptx.tensor_map(q_map), ptx.tensor_map(k_map), ptx.tensor_map(v_map)
@@ -159,7 +159,7 @@ def make(config: Config) -> Callable:
                 if leader:
                     ptx.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
                 if extras:
-                    shape_scores(score, key, first_row, tile_queries, tile_keys, scale, softcap, tile_bias_gl, bias_row, bias_key, bias_wide, slope)
+                    shape_scores(score, key, first_row, tile_queries, tile_keys, scale, softcap, tile_bias_gl, bias_row, bias_wide, slope)
                 if key + np.int32(keys) > whole_end or key < whole_begin:
                     hide(score, key, np.int32(ptx.ld_shared_32(info + np.uint32(8))) - np.int32(64), left, right,
                          np.int32(ptx.ld_shared_32(info + np.uint32(16))))
@@ -186,7 +186,7 @@ def make(config: Config) -> Callable:
                     if leader:
                         ptx.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
                     if extras:
-                        shape_scores(score, key, first_row, tile_queries, tile_keys, scale, softcap, tile_bias_gl, bias_row, bias_key, bias_wide,
+                        shape_scores(score, key, first_row, tile_queries, tile_keys, scale, softcap, tile_bias_gl, bias_row, bias_wide,
                                      slope)
                     if key + np.int32(keys) > whole_end or key < whole_begin:
                         hide(score, key, np.int32(ptx.ld_shared_32(info + np.uint32(8))) - np.int32(64), left, right,
