@@ -11,11 +11,10 @@ from tests.packaging.environments import ROOT, environment, install, run
 pytestmark = pytest.mark.slow
 
 USE = """
-import importlib.util, sys
+import importlib.resources, importlib.util, sys
 import ftops
-from ftops.integrations.demo.load import EMBEDDED
 from ftops.ops import kernel_file
-assert (EMBEDDED / "model.safetensors").is_file(), EMBEDDED
+assert importlib.resources.files("ftops.integrations.demo").joinpath("model", "model.safetensors").is_file()
 assert kernel_file("rms_norm") == "numba_kernels/rms_norm.py"
 assert ftops.__file__.startswith(sys.argv[1]), ftops.__file__
 if "-m" not in sys.argv:
