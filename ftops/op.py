@@ -1,7 +1,8 @@
 """How an op is registered with PyTorch. The only file that says torch.library.
 
-`Library.define` + `impl` + `register_fake` costs 2.6 us a call on the host; `torch.library.custom_op` costs 9.6.
-An op file calls `register` once and keeps the handle that it returns (`torch.ops.ftops.<name>.default`).
+`Library.define` + `impl` + `register_fake` costs 2.6 us a call on the host (7 us where other work has emptied the caches);
+`torch.library.custom_op` costs 9.6. An op file calls `register` once and keeps the handle that it returns
+(`torch.ops.ftops.<name>.default`), for graphs, and what `straight` makes of it, for its public function.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch
 # Held for the life of the process: dropping a Library unregisters its ops.
 LIBRARY = torch.library.Library("ftops", "FRAGMENT")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
 def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[[], Callable[..., Any]],
@@ -26,10 +28,26 @@ def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[[], Callabl
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _IMPLEMENTATIONS[name] = {"cpu": cpu, "cuda": _at_first_call(cuda)}
     LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, _at_first_call(cuda), "CUDA")
+    LIBRARY.impl(name, _IMPLEMENTATIONS[name]["cuda"], "CUDA")
     torch.library.register_fake(f"ftops::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.ftops, name).default
+
+
+def straight(handle: torch._ops.OpOverload) -> Callable[..., Any]:
+    """`handle`, past PyTorch's dispatcher where nobody listens there: no tracing, no dispatch mode, no tensor subclass.
+
+    The result is the same, since ops have no derivative; a decode step of a 4 M parameter Llama on a CPU took 0.89 of the time.
+    """
+    implementations = _IMPLEMENTATIONS[handle._schema.name.removeprefix("ftops::")]
+
+    def call(x: torch.Tensor, *rest: Any) -> Any:
+        if torch.compiler.is_compiling() or type(x) is not torch.Tensor or torch._C._len_torch_dispatch_stack():
+            return handle(x, *rest)
+        return implementations.get(x.device.type, handle)(x, *rest)
+
+    return call
 
 
 def _at_first_call(give: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:

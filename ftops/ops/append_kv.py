@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ftops.op import Case, check_beside, check_tensors, invalid, register
+from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
 from ftops.samples import randn
 
 CACHE_8BIT = (torch.int8, torch.float8_e4m3fn)
@@ -48,6 +48,7 @@ def _cuda() -> Callable[..., Any]:
 APPEND_KV = register(
     "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor? page_table, "
     "Tensor? k_scale, Tensor? v_scale) -> ()", cpu=reference, cuda=_cuda, fake=lambda *_: None)
+_append_kv = straight(APPEND_KV)
 
 
 def append_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor, *,
@@ -70,7 +71,7 @@ def append_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: 
     check_cache(op, k, k_cache, v_cache, page_table, k_scale, v_scale)
     if k_cache.shape[2] != shape[2]:
         raise invalid(op, "k_cache's heads", k_cache.shape[2], f"k's, {shape[2]}")
-    APPEND_KV(k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale)
+    _append_kv(k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale)
 
 
 def check_cache(op: str, x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, page_table: torch.Tensor | None,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ftops.formula import attention_formula, visible_keys
-from ftops.op import Case, check_beside, check_tensors, invalid, register
+from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
 from ftops.samples import integers, randn
 
 MAX_HEAD_DIM = 256
@@ -51,6 +51,7 @@ ATTENTION = register(
     "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, int window_left, int window_right, float softcap, "
     "Tensor? bias, Tensor? alibi_slopes, Tensor? kv_lengths) -> Tensor",
     cpu=_cpu, cuda=_cuda, fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device))
+_attention = straight(ATTENTION)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, scale: float | None = None,
@@ -75,7 +76,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
         bias = check_bias("attention", bias, q, (batch, heads, queries, k.shape[1]))
     if kv_lengths is not None and (kv_lengths.shape != (batch,) or kv_lengths.dtype is not torch.int32):
         raise invalid("attention", "kv_lengths", f"{kv_lengths.dtype} {tuple(kv_lengths.shape)}", f"int32 ({batch},)")
-    return ATTENTION(q, k, v, causal, head_dim ** -0.5 if scale is None else scale, left, right, softcap, bias, alibi_slopes, kv_lengths)
+    return _attention(q, k, v, causal, head_dim ** -0.5 if scale is None else scale, left, right, softcap, bias, alibi_slopes, kv_lengths)
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ftops.op import Case, check_beside, invalid, register
+from ftops.op import Case, check_beside, invalid, register, straight
 from ftops.ops.attention import _cpu as attention_cpu
 from ftops.ops.attention import check_heads, check_options, check_window
 from ftops.ops.attention import reference as attention_reference
@@ -47,6 +47,7 @@ ATTENTION_VARLEN = register(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_kv, SymInt max_seqlen_q, SymInt max_seqlen_kv, "
     "bool causal, float scale, int window_left, int window_right, float softcap, Tensor? alibi_slopes) -> Tensor",
     cpu=_cpu, cuda=_cuda, fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device))
+_attention_varlen = straight(ATTENTION_VARLEN)
 
 
 def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor,
@@ -68,7 +69,7 @@ def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqle
         raise invalid(op, "cu_seqlens_kv.shape", tuple(cu_seqlens_kv.shape), f"cu_seqlens_q's, {tuple(cu_seqlens_q.shape)}")
     left, right = check_window(op, window)
     check_options(op, q.shape[1], softcap, alibi_slopes)
-    return ATTENTION_VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, causal,
+    return _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, causal,
                             q.shape[-1] ** -0.5 if scale is None else scale, left, right, softcap, alibi_slopes)
 
 

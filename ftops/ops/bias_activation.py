@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ftops.op import Case, check_tensors, invalid, register
+from ftops.op import Case, check_tensors, invalid, register, straight
 from ftops.samples import randn
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -42,6 +42,7 @@ def _fake(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor
 
 
 BIAS_ACTIVATION = register("bias_activation(Tensor x, Tensor? bias, str kind) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake)
+_bias_activation = straight(BIAS_ACTIVATION)
 
 
 def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
@@ -57,7 +58,7 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> to
         raise invalid("bias_activation", "x.dim()", 0, "1 or more")
     if bias is not None and bias.shape != shape[-1:]:
         raise invalid("bias_activation", "bias.shape", tuple(bias.shape), f"({shape[-1]},), x's last dimension")
-    return BIAS_ACTIVATION(x, bias, kind)
+    return _bias_activation(x, bias, kind)
 
 
 def cases() -> Iterator[Case]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from ftops.formula import attention_formula
-from ftops.op import Case, check_beside, check_tensors, invalid, register
+from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
 from ftops.ops.append_kv import CACHE_8BIT, check_cache, to_cache
 from ftops.ops.attention import MAX_HEAD_DIM, check_bias, check_options
+from ftops.ops.attention import _cpu as attention_cpu
 from ftops.samples import integers, randn
 
 MAX_NEW_TOKENS = 16
@@ -44,6 +45,18 @@ def reference(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, len
     return out.to(q.dtype)
 
 
+def _cpu(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None,
+         scale: float, window: int, softcap: float, bias: torch.Tensor | None, alibi_slopes: torch.Tensor | None,
+         k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> torch.Tensor:
+    """`attention` over the filled part of the cache where all sequences are as long; the formula elsewhere."""
+    filled = set(lengths.tolist())
+    if len(filled) != 1 or page_table is not None or k_scale is not None:
+        return reference(q, k_cache, v_cache, lengths, page_table, scale, window, softcap, bias, alibi_slopes, k_scale, v_scale)
+    keys = filled.pop()
+    return attention_cpu(q, k_cache[:, :keys], v_cache[:, :keys], True, scale, window, -1, softcap,
+                         None if bias is None else bias[..., :keys], alibi_slopes, None)
+
+
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.decode_attention import launch
     return launch
@@ -52,7 +65,8 @@ def _cuda() -> Callable[..., Any]:
 DECODE_ATTENTION = register(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? page_table, float scale, int window, "
     "float softcap, Tensor? bias, Tensor? alibi_slopes, Tensor? k_scale, Tensor? v_scale) -> Tensor",
-    cpu=reference, cuda=_cuda, fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device))
+    cpu=_cpu, cuda=_cuda, fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device))
+_decode_attention = straight(DECODE_ATTENTION)
 
 
 def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, *,
@@ -86,7 +100,7 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     if bias is not None:
         keys = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
         bias = check_bias(op, bias, q, (batch, heads, new, keys))
-    return DECODE_ATTENTION(q, k_cache, v_cache, lengths, page_table, head_dim ** -0.5 if scale is None else scale,
+    return _decode_attention(q, k_cache, v_cache, lengths, page_table, head_dim ** -0.5 if scale is None else scale,
                             -1 if window is None else window, softcap, bias, alibi_slopes, k_scale, v_scale)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ftops.op import Case, check_tensors, invalid, register
+from ftops.op import Case, check_tensors, invalid, register, straight
 from ftops.samples import randn
 
 
@@ -58,8 +58,10 @@ def _empty(x: torch.Tensor) -> torch.Tensor:
 
 LAYER_NORM = register("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
                       cpu=_cpu, cuda=_cuda, fake=lambda x, *_: _empty(x))
+_layer_norm = straight(LAYER_NORM)
 ADD_LAYER_NORM = register("add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
                           cpu=_cpu_residual, cuda=_cuda_residual, fake=lambda x, *_: (_empty(x), _empty(x)))
+_add_layer_norm = straight(ADD_LAYER_NORM)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, *,
@@ -79,10 +81,10 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
     if bias is not None and bias.shape != shape[-1:]:
         raise invalid("layer_norm", "bias.shape", tuple(bias.shape), f"({shape[-1]},), x's last dimension")
     if residual is None:
-        return LAYER_NORM(x, weight, bias, eps)
+        return _layer_norm(x, weight, bias, eps)
     if residual.shape != shape:
         raise invalid("layer_norm", "residual.shape", tuple(residual.shape), f"{tuple(shape)}, x's shape")
-    return ADD_LAYER_NORM(x, residual, weight, bias, eps)
+    return _add_layer_norm(x, residual, weight, bias, eps)
 
 
 def cases() -> Iterator[Case]:

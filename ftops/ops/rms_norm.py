@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ftops.op import Case, check_tensors, invalid, register
+from ftops.op import Case, check_tensors, invalid, register, straight
 from ftops.samples import randn
 
 
@@ -25,6 +25,18 @@ def reference_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Te
                        offset: float) -> tuple[torch.Tensor, torch.Tensor]:
     total = x + residual
     return reference(total, weight, eps, offset), total
+
+
+def _cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    if offset:
+        return reference(x, weight, eps, offset).contiguous()
+    return torch.rms_norm(x, weight.shape, weight, eps).contiguous()
+
+
+def _cpu_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+                  offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    total = (x + residual).contiguous()
+    return _cpu(total, weight, eps, offset), total
 
 
 def _cuda() -> Callable[..., Any]:
@@ -42,10 +54,11 @@ def _empty(x: torch.Tensor) -> torch.Tensor:
 
 
 RMS_NORM = register("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
-                    cpu=lambda *args: reference(*args).contiguous(), cuda=_cuda, fake=lambda x, *_: _empty(x))
+                    cpu=_cpu, cuda=_cuda, fake=lambda x, *_: _empty(x))
+_rms_norm = straight(RMS_NORM)
 ADD_RMS_NORM = register("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float offset) -> (Tensor, Tensor)",
-                        cpu=lambda *args: tuple(t.contiguous() for t in reference_residual(*args)), cuda=_cuda_residual,
-                        fake=lambda x, *_: (_empty(x), _empty(x)))
+                        cpu=_cpu_residual, cuda=_cuda_residual, fake=lambda x, *_: (_empty(x), _empty(x)))
+_add_rms_norm = straight(ADD_RMS_NORM)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None,
@@ -62,10 +75,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: tor
     if weight.shape != shape[-1:]:
         raise invalid("rms_norm", "weight.shape", tuple(weight.shape), f"({shape[-1]},), x's last dimension")
     if residual is None:
-        return RMS_NORM(x, weight, eps, offset)
+        return _rms_norm(x, weight, eps, offset)
     if residual.shape != shape:
         raise invalid("rms_norm", "residual.shape", tuple(residual.shape), f"{tuple(shape)}, x's shape")
-    return ADD_RMS_NORM(x, residual, weight, eps, offset)
+    return _add_rms_norm(x, residual, weight, eps, offset)
 
 
 def cases() -> Iterator[Case]:

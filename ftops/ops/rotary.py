@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ftops.op import Case, check_beside, check_tensors, invalid, register
+from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
 from ftops.samples import randn
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -43,6 +43,25 @@ def reference(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, 
     return _rotate(q, cos, sin, interleaved, rotary_dim), _rotate(k, cos, sin, interleaved, rotary_dim)
 
 
+def _cpu(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None,
+         interleaved: bool, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What Hugging Face's Llama asks for with few temporaries: half of its time for a prompt of 256, and no more for one token."""
+    if positions is not None or interleaved or cos.dtype is not q.dtype or not cos.shape[-1] == rotary_dim == q.shape[-1]:
+        q, k = reference(q, k, positions, cos, sin, interleaved, rotary_dim)
+        return q.contiguous(), k.contiguous()
+    cos, sin = cos.unsqueeze(-2), sin[..., : rotary_dim // 2].unsqueeze(-2)
+    return _turned(q, cos, sin), _turned(k, cos, sin)
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """addcmul_ works in float32 inside, so that 16-bit results are rounded twice; Hugging Face's are three times."""
+    out = torch.mul(x, cos).contiguous()
+    (first, second), (a, b) = out.chunk(2, -1), x.chunk(2, -1)
+    first.addcmul_(b, sin, value=-1)
+    second.addcmul_(a, sin)
+    return out
+
+
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.rotary import launch
     return launch
@@ -54,7 +73,8 @@ def _fake(q: torch.Tensor, k: torch.Tensor, *_: object) -> tuple[torch.Tensor, t
 
 ROTARY = register("rotary(Tensor q, Tensor k, Tensor? positions, Tensor cos, Tensor? sin, bool interleaved, int rotary_dim) "
                   "-> (Tensor, Tensor)",
-                  cpu=lambda *args: tuple(t.contiguous() for t in reference(*args)), cuda=_cuda, fake=_fake)
+                  cpu=_cpu, cuda=_cuda, fake=_fake)
+_rotary = straight(ROTARY)
 
 
 def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, freqs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], *,
@@ -85,7 +105,7 @@ def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, fre
             raise invalid("rotary", "positions", None, "positions[B,S] when freqs is inv_freq")
         if cos.shape != (size // 2,) or cos.dtype is not torch.float32:
             raise invalid("rotary", "freqs", f"{cos.dtype} {tuple(cos.shape)}", f"float32 ({size // 2},)")
-        return ROTARY(q, k, positions, cos, None, interleaved, size)
+        return _rotary(q, k, positions, cos, None, interleaved, size)
     table = cos.shape
     if sin.shape != table or sin.dtype is not cos.dtype or (cos.dtype is not torch.float32 and cos.dtype is not q.dtype):
         raise invalid("rotary", "freqs", f"{cos.dtype} {tuple(table)}, {sin.dtype} {tuple(sin.shape)}", f"two alike, float32 or {q.dtype}")
@@ -98,7 +118,7 @@ def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, fre
         raise invalid("rotary", "cos.shape", tuple(table), f"[{lead}, {size // 2} or {size}]")
     if interleaved and table[-1] == size:
         cos, sin = cos[..., ::2], sin[..., ::2]
-    return ROTARY(q, k, positions, cos, sin, interleaved, size)
+    return _rotary(q, k, positions, cos, sin, interleaved, size)
 
 
 def _sample(device: torch.device, dtype: torch.dtype, *, shape: tuple[int, ...] = (2, 9, 4, 64), kv_heads: int = 2, form: str = "token",
