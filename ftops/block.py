@@ -107,7 +107,9 @@ class Block:
         if spec.qkv_per_head:
             q, k, v = qkv.unflatten(-1, (spec.heads, 3, spec.head_dim)).unbind(-2)
         else:
-            q, k, v = qkv.unflatten(-1, (-1, spec.head_dim)).split((spec.heads, spec.kv_heads, spec.kv_heads), -2)
+            # Not unflatten and Tensor.split, which are Python around the same two calls.
+            heads = qkv.view(*x.shape[:-1], -1, spec.head_dim)
+            q, k, v = torch.split_with_sizes(heads, (spec.heads, spec.kv_heads, spec.kv_heads), -2)
         if w.q_norm is not None:
             q, k = self._norm(w.q_norm, q), self._norm(w.k_norm, k)
         if spec.rotary is not None:

@@ -38,6 +38,10 @@ class AttentionState:
     before: str
     fallbacks: Counter[str] = field(default_factory=Counter)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        register()  # a copy may be unpickled where nothing was patched yet
+        self.__dict__.update(state)
+
 
 def register() -> None:
     """Makes the names known to transformers; again is harmless."""

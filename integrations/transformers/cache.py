@@ -41,7 +41,8 @@ def attend(spec: BlockSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c
     if not is_rows(mask):
         return ops.attention(q, keys, values, scale=spec.scale, bias=additive(mask, q.dtype))
     bias = None if mask is None else additive(mask, q.dtype)
-    if spec.causal and cache is not None and new <= MAX_NEW_TOKENS and (filled is not None or keys.shape[1] > new):
+    # Splitting the keys over a device is what decode_attention is for; on a CPU only buffers need it, for their lengths.
+    if spec.causal and cache is not None and new <= MAX_NEW_TOKENS and (filled is not None or (q.is_cuda and keys.shape[1] > new)):
         if filled is None:
             lengths = torch.full((q.shape[0],), keys.shape[1], dtype=torch.int32, device=q.device)
         else:

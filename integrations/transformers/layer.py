@@ -1,24 +1,21 @@
-"""A transformers layer that runs as one ftops block.
-
-Patching changes the class of the layer object and nothing else: `type(layer)` becomes a subclass of the original with the same
-name, so hooks, recorders, isinstance checks, parameters and references from elsewhere all stay, and `super().forward` is the way
-back. What the block cannot give, the original's forward does; `State.fallbacks` counts why.
-"""
+"""A transformers layer that runs as one ftops block. What that cannot give, the original's forward does; `State.fallbacks` counts why."""
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from functools import cache as remember
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
+from torch.utils.hooks import RemovableHandle
 
 from ftops.block import Block, BlockSpec
 from ftops.integrations.transformers.arch import Arch, Unfit, follow
-from ftops.integrations.transformers.attention import INSTEAD, ROWS, SILENT, weights_requested
+from ftops.integrations.transformers.attention import INSTEAD, ROWS, SILENT, register, weights_requested
 from ftops.integrations.transformers.cache import attend, causal_bias, is_rows, unfit_cache
+from ftops.integrations.transformers.swap import Swapped, change_class, original_class, own_forward, swapped_class
 from ftops.integrations.transformers.weights import assemble, check_parts, release
 
 # Where the modules inside of a layer may come from, besides the layer's own file.
@@ -76,23 +73,33 @@ class State:
             # As transformers does for its static caches: without it CUDA graphs of torch.compile would copy the weights at each replay.
             torch._dynamo.mark_static_address(tensor)
         inner = tuple(module for module in layer.modules() if module is not layer)
-        self._hooks = tuple(hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks))
-        self._held = (*((module.__dict__[kind], name, held) for module in (layer, *inner) for kind in ("_modules", "_parameters")
-                        for name, held in module.__dict__[kind].items()),
-                      *((module.__dict__, "forward", module.__dict__.get("forward")) for module in inner))
-        self._memory = tuple((parameter, parameter.data_ptr()) for parameter in layer.parameters())
+        held = [(module.__dict__[kind], name, value) for module in (layer, *inner) for kind in ("_modules", "_parameters")
+                for name, value in module.__dict__[kind].items()]
+        held += [(module.__dict__, "forward", module.__dict__.get("forward")) for module in inner]
+        # Columns, not rows: what a check reads lies close together.
+        self._held = tuple(zip(*held, strict=True))
+        self._memory = (parameters := tuple(layer.parameters())), tuple(parameter.data_ptr() for parameter in parameters)
+        self._hooks = (*(hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)),
+                       module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
+        self._hooks_seen = -1
 
     def disturbed(self) -> str | None:
-        """Whether someone put other modules, parameters or hooks inside the layer, which the block would pass by."""
-        for owner, name, held in self._held:
+        """Whether someone put other modules, parameters, forwards or hooks inside the layer, which the block would pass by.
+
+        It runs at every call, when the weights have just emptied the caches: what counts is how much memory it looks at.
+        """
+        for owner, name, held in zip(*self._held, strict=False):
             if owner.get(name) is not held:
                 return f"{name} was replaced; call ftops.patch(model) again"
-        for parameter, address in self._memory:
+        for parameter, address in zip(*self._memory, strict=False):
             if parameter.data_ptr() != address:
                 return "parameters were given other memory; call ftops.patch(model) again"
-        for hooks in (*self._hooks, module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks):
-            if hooks and any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks.values()):
+        # Every hook that is registered, anywhere, draws a number.
+        if self._hooks_seen != RemovableHandle.next_id:
+            hooks = chain.from_iterable(map(dict.values, filter(None, self._hooks)))
+            if any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks):
                 return "hooks inside"
+            self._hooks_seen = RemovableHandle.next_id
         return None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,15 +107,15 @@ class State:
         return {"arch": self.arch, "before": self.before, "arguments": self.arguments, "fallbacks": Counter(self.fallbacks)}
 
 
-class FusedLayer:
-    """Comes before the original class in the method resolution order of a patched layer."""
+class FusedLayer(Swapped):
+    """What a fused layer does instead of, or before, the original."""
 
     _ftops: State
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self._ftops
-        given = dict(zip(state.arguments, args, strict=False))
-        given.update(kwargs)
+        given = kwargs
+        given.update(zip(state.arguments, args, strict=False))
         reason = self._unfit(given)
         if reason is not None:
             # A count that changes would be a guard, and a new compilation each time.
@@ -130,19 +137,21 @@ class FusedLayer:
             return "training with dropout"
         if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())):
             return "gradients"
-        if torch.is_autocast_enabled(x.device.type):
+        device = x.device
+        if torch.is_autocast_enabled(device.type):
             return "autocast"
         if weights_requested(given):
             return "attention weights"
         for name, value in given.items():
-            if name not in SERVED and value is not None and value is not False:
+            if value is not None and value is not False and name not in SERVED:
                 return f"argument {name}"
-        if x.dtype is not state.dtype or x.device != state.device:
-            return f"hidden_states are {x.dtype} on {x.device.type}, weights {state.dtype} on {state.device.type}"
+        if x.dtype is not state.dtype or device != state.device:
+            return f"hidden_states are {x.dtype} on {device.type}, weights {state.dtype} on {state.device.type}"
         mask = given.get("attention_mask")
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
             return "attention_mask is not 4-D"
-        unfit = unfit_cache(given.get(state.arch.cache), state.index)
+        cache = given.get(state.arch.cache)
+        unfit = None if cache is None else unfit_cache(cache, state.index)
         if unfit is not None or torch.compiler.is_compiling():
             return unfit
         return state.disturbed()
@@ -179,14 +188,9 @@ class FusedLayer:
         return module
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        register()
         super().__setstate__(state)
         self._ftops.build(self)
-
-
-@remember
-def fused_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `original`, of the same name, that runs as a block."""
-    return type(original.__name__, (FusedLayer, original), {"__module__": original.__module__, "__doc__": original.__doc__})
 
 
 def _after_load(layer: FusedLayer, _: object) -> None:
@@ -197,7 +201,7 @@ def _after_load(layer: FusedLayer, _: object) -> None:
 def swap_layer(arch: Arch, layer: nn.Module, before: str) -> None:
     layer._ftops = State(arch, layer, before)
     layer.register_load_state_dict_post_hook(_after_load)
-    change_class(layer, fused_class(type(layer)))
+    change_class(layer, swapped_class(FusedLayer, type(layer)))
 
 
 def restore_layer(layer: nn.Module) -> None:
@@ -209,31 +213,6 @@ def restore_layer(layer: nn.Module) -> None:
     del layer._ftops
     with torch.inference_mode(False), torch.no_grad():
         release(arch, layer)
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class; of a swapped module, the class that the mixin stands before."""
-    kind = type(module)
-    return kind.__bases__[1] if "_ftops" in module.__dict__ else kind
-
-
-def own_forward(module: nn.Module) -> bool:
-    """Whether the module runs its class's forward. accelerate, when it takes a hook off, leaves that one on the instance."""
-    forward = module.__dict__.get("forward")
-    return forward is None or getattr(forward, "__func__", None) is type(module).forward
-
-
-def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Sets the class. An accelerate hook holds the old forward on the instance, so it is taken off and put on again."""
-    hook = module.__dict__.get("_hf_hook")
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-        remove_hook_from_module(module)
-    if own_forward(module):
-        module.__dict__.pop("forward", None)
-    module.__class__ = kind
-    if hook is not None:
-        add_hook_to_module(module, hook)
 
 
 def _tensors(block: Block) -> list[torch.Tensor]:

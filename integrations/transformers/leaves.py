@@ -8,7 +8,6 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache as remember
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from ftops import ops
 from ftops.integrations.transformers.arch import Unfit
-from ftops.integrations.transformers.layer import change_class, original_class, own_forward
+from ftops.integrations.transformers.swap import Swapped, change_class, original_class, own_forward, swapped_class
 from ftops.op import DTYPES
 
 
@@ -70,8 +69,8 @@ def _computes(module: nn.Module, eps: float, offset: float) -> bool:
     return isinstance(theirs, torch.Tensor) and theirs.dtype is ours.dtype and torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance)
 
 
-class FusedNorm:
-    """Comes before the original class in the method resolution order of a patched norm."""
+class FusedNorm(Swapped):
+    """What a swapped norm does instead of, or before, the original."""
 
     _ftops: NormState
 
@@ -100,14 +99,9 @@ def _unfit(x: torch.Tensor | None, weight: torch.Tensor) -> str | None:
     return None
 
 
-@remember
-def fused_norm_class(original: type[nn.Module]) -> type[nn.Module]:
-    return type(original.__name__, (FusedNorm, original), {"__module__": original.__module__, "__doc__": original.__doc__})
-
-
 def swap_norm(state: NormState, module: nn.Module) -> None:
     module._ftops = state
-    change_class(module, fused_norm_class(type(module)))
+    change_class(module, swapped_class(FusedNorm, type(module)))
 
 
 def restore_norm(module: nn.Module) -> None:

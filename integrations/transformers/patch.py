@@ -66,6 +66,7 @@ def patch(model: nn.Module, *, quant: str | None = None, kv_cache: str | None = 
 
 def unpatch(model: nn.Module) -> nn.Module:
     """See `ftops.unpatch`."""
+    _check_model("unpatch", model)
     for module in model.modules():
         if isinstance(module, FusedLayer):
             restore_layer(module)
@@ -81,8 +82,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 def report(model: nn.Module) -> Report:
     """See `ftops.report`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"report: model is a {type(model).__name__}; pass a torch.nn.Module")
+    _check_model("report", model)
     done: Plan | None = model.__dict__.get("_ftops_plan")
     kept = {step.path: step for step in done.steps if step.swap is None} if done else {}
     rows, families = [], []
@@ -104,11 +104,15 @@ def _counts(fallbacks: Counter[str]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(fallbacks.items()))
 
 
-def _check(model: object, **options: object) -> None:
-    """Everything that can be wrong with the call, before anything is changed."""
+def _check_model(function: str, model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"patch: model is a {type(model).__name__}; pass a torch.nn.Module, "
+        raise TypeError(f"{function}: model is a {type(model).__name__}; pass a torch.nn.Module, "
                         "such as AutoModelForCausalLM.from_pretrained gives")
+
+
+def _check(model: object, **options: object) -> None:
+    """Everything that can be wrong with a call of patch, before anything is changed."""
+    _check_model("patch", model)
     meaning = {"quant": "quantised weights", "kv_cache": "an 8-bit cache", "tp": "tensor parallelism", "pp": "pipeline parallelism"}
     for name, value in options.items():
         if value is not None:
@@ -126,12 +130,11 @@ def plan(model: nn.Module) -> Plan:
     steps: dict[str, Step] = {}
     groups: dict[int, _Group] = {}
     owners: dict[str, PreTrainedModel] = {}
-    for path, module in _outside_layers(model):
+    for path, module, step in _outside_layers(model):
         if isinstance(module, PreTrainedModel):
             owners[path] = module
         owner = _owner(owners, path)
         group = _Group() if owner is None else groups.setdefault(id(owner.config), _Group())
-        step = _step(path, module)
         if step is not None:
             steps[path] = step
         arch = module._ftops.arch if isinstance(module, FusedLayer) else _family(module)
@@ -179,7 +182,7 @@ def apply(model: nn.Module, plan: Plan) -> None:
         if plan.steps:
             model._ftops_plan = plan
         for module in model.modules():
-            if isinstance(module, FusedLayer) and module._ftops.disturbed():
+            if isinstance(module, FusedLayer) and (module._ftops.block is None or module._ftops.disturbed()):
                 module._ftops.build(module)
     except BaseException:
         unpatch(model)
@@ -229,14 +232,14 @@ def _family(module: nn.Module) -> Arch | None:
     return next((arch for arch in ARCHS.values() if arch.matches(module)), None)
 
 
-def _outside_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module but those inside of layers that are, or can be, fused."""
+def _outside_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Step | None]]:
+    """Every module but those inside of layers that are, or can be, fused, and what to do with it."""
     inside: str | None = None
     for path, module in model.named_modules():
         if inside is not None and path.startswith(inside):
             continue
-        yield path, module
-        step = _step(path, module) if not isinstance(module, FusedLayer) else None
+        step = _step(path, module)
+        yield path, module, step
         if isinstance(module, FusedLayer) or (step is not None and isinstance(step.swap, Arch)):
             inside = f"{path}." if path else ""
 
