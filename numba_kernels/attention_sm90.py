@@ -46,9 +46,9 @@ def make(config: Config) -> Callable:
     # Registers of a producer's and of a consumer's thread: what the block was launched with, 504 or 512 a lane of four or three warpgroups.
     give, take = (ptx.SETMAXNREG["dec", 40], ptx.SETMAXNREG["inc", 232]) if consumers == 2 else (ptx.SETMAXNREG["dec", 32],
                                                                                                   ptx.SETMAXNREG["inc", 160])
-    wait_0, wait_1 = ptx.WGMMA_WAIT[0], ptx.WGMMA_WAIT[1]
-    row_major, column_major, scores, accumulate = make_products(config)
-    softmax, rescale, pack = make_softmax(config)
+    wait_0 = ptx.WGMMA_WAIT[0]
+    row_major, column_major, scores, accumulate, accumulate_under = make_products(config)
+    highest, softmax, rescale, pack = make_softmax(config)
     hide = make_hide(keys, 1)
     shape_scores = make_shape_scores(config.dtype, keys, 1)
     clear = make_clear(config)
@@ -163,7 +163,8 @@ def make(config: Config) -> Callable:
                 if key + np.int32(keys) > whole_end or key < whole_begin:
                     hide(score, key, np.int32(ptx.ld_shared_32(info + np.uint32(8))) - np.int32(64), left, right,
                          np.int32(ptx.ld_shared_32(info + np.uint32(16))))
-                softmax(score, top, total, factor)
+                high_0, high_1 = highest(score)
+                r0, r1 = softmax(score, high_0, high_1, top, total, factor)
                 ptx.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
                 pack(prob, score)
                 if valid < np.int32(keys):
@@ -179,10 +180,10 @@ def make(config: Config) -> Callable:
                     if turns:
                         ptx.bar_sync(my_turn, both)
                     scores(score, row_major(base + q_slot * q_bytes + mine * np.uint32(8192)), row_major(base + k_at + slot * tile_bytes))
-                    accumulate(out, prob, column_major(base + v_at + before * tile_bytes))
-                    if turns:
+                    if turns == 2:
                         ptx.bar_arrive(next_turn, both)
-                    wait_1()
+                    rescale(out, r0, r1)
+                    wait_0()
                     if leader:
                         ptx.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
                     if extras:
@@ -191,7 +192,10 @@ def make(config: Config) -> Callable:
                     if key + np.int32(keys) > whole_end or key < whole_begin:
                         hide(score, key, np.int32(ptx.ld_shared_32(info + np.uint32(8))) - np.int32(64), left, right,
                              np.int32(ptx.ld_shared_32(info + np.uint32(16))))
-                    r0, r1 = softmax(score, top, total, factor)
+                    high_0, high_1 = accumulate_under(out, prob, column_major(base + v_at + before * tile_bytes), score)
+                    if turns == 1:
+                        ptx.bar_arrive(next_turn, both)
+                    r0, r1 = softmax(score, high_0, high_1, top, total, factor)
                     # V_i is waited for here, long before its product: the loop of this wait keeps the assembler from moving the softmax
                     # below the wait for P V, which runs meanwhile.
                     ptx.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
@@ -199,13 +203,13 @@ def make(config: Config) -> Callable:
                     if leader:
                         ptx.mbarrier_arrive(base + v_empty + np.uint32(8) * before)
                     pack(prob, score)
-                    rescale(out, r0, r1)
                     before = slot
                     phase = np.uint32(phase ^ np.uint32(slot == last))
                     slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
                     waiting = np.int32(waiting - np.int32(1))
                 if leader:
                     ptx.mbarrier_arrive(base + q_empty + np.uint32(8) * q_slot)
+                rescale(out, r0, r1)
                 accumulate(out, prob, column_major(base + v_at + before * tile_bytes))
                 wait_0()
                 if leader:

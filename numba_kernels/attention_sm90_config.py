@@ -21,7 +21,7 @@ class Config:
     keys: int
     stages: int
     q_stages: int
-    turns: bool
+    turns: int
 
     @property
     def rows(self) -> int:
@@ -94,12 +94,12 @@ def pick(dtype: str, head_dim: int, extras: bool) -> Config:
 
 
 _TILES = {
-    64: (3, 128, 2, 1, True),
-    80: (2, 128, 2, 1, True),
-    96: (2, 128, 2, 1, True),
-    128: (2, 160, 2, 1, True),
-    192: (2, 112, 2, 1, False),
-    256: (2, 80, 2, 1, False),
+    64: (3, 128, 2, 1, 1),
+    80: (2, 128, 2, 1, 1),
+    96: (2, 128, 2, 1, 1),
+    128: (2, 160, 2, 1, 1),
+    192: (2, 112, 2, 1, 0),
+    256: (2, 80, 2, 1, 0),
 }
 # The most keys whose scores and bias fit the registers.
-_EXTRA_TILES = {head_dim: (2, 64, 2, 1, head_dim <= 128) for head_dim in HEAD_DIMS[:-1]} | {256: (2, 48, 2, 1, False)}
+_EXTRA_TILES = {head_dim: (2, 64, 2, 1, 1 if head_dim <= 128 else 0) for head_dim in HEAD_DIMS[:-1]} | {256: (2, 48, 2, 1, 0)}

@@ -33,6 +33,7 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
     product, product_p = ptx.wgmma_shared(config.dtype, config.keys), ptx.wgmma_registers(config.dtype, config.head_dim)
     plain, strided = np.uint64(_SWIZZLED), np.uint64(_SWIZZLED | (k_chunk << 16))
     mask = np.uint32(0x3FFFF)
+    maximum = ptx.maximum
 
     @cuda.jit(device=True, forceinline=True)
     def row_major(address):
@@ -57,7 +58,27 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
             product_p(out, 0, prob[4 * s], prob[4 * s + 1], prob[4 * s + 2], prob[4 * s + 3], v + np.uint64(128 * s))
         ptx.wgmma_commit()
 
-    return row_major, column_major, scores, accumulate
+    @cuda.jit(device=True, forceinline=True)
+    def accumulate_under(out, prob, v, score):
+        even_0, odd_0, even_1, odd_1 = score[0], score[1], score[2], score[3]
+        ptx.wgmma_fence()
+        for s in range(key_steps):
+            product_p(out, 0, prob[4 * s], prob[4 * s + 1], prob[4 * s + 2], prob[4 * s + 3], v + np.uint64(128 * s))
+            if s > 0:
+                for j in range(2 * s - 2, 2 * s):
+                    even_0 = maximum(even_0, score[4 * j])
+                    odd_0 = maximum(odd_0, score[4 * j + 1])
+                    even_1 = maximum(even_1, score[4 * j + 2])
+                    odd_1 = maximum(odd_1, score[4 * j + 3])
+        ptx.wgmma_commit()
+        for j in range(2 * key_steps - 2, 2 * key_steps):
+            even_0 = maximum(even_0, score[4 * j])
+            odd_0 = maximum(odd_0, score[4 * j + 1])
+            even_1 = maximum(even_1, score[4 * j + 2])
+            odd_1 = maximum(odd_1, score[4 * j + 3])
+        return maximum(even_0, odd_0), maximum(even_1, odd_1)
+
+    return row_major, column_major, scores, accumulate, accumulate_under
 
 
 def make_softmax(config: Config) -> tuple[Callable, Callable, Callable]:
@@ -72,22 +93,25 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable]:
     pair = ptx.PAIR[config.dtype]
 
     @cuda.jit(device=True, forceinline=True)
-    def raised(old, even, odd, factor):
+    def raised(old, high, factor):
         """The maximum to measure a row from."""
-        high = ptx.maximum(even, odd)
         high = ptx.maximum(high, quad_1(high))
         high = ptx.maximum(high, quad_2(high))
         return high if (high - old) * factor > SLACK else old
 
     @cuda.jit(device=True, forceinline=True)
-    def softmax(score, top, total, factor):
+    def highest(score):
         even_0, odd_0, even_1, odd_1 = score[0], score[1], score[2], score[3]
         for j in range(1, tiles):
             even_0 = ptx.maximum(even_0, score[4 * j])
             odd_0 = ptx.maximum(odd_0, score[4 * j + 1])
             even_1 = ptx.maximum(even_1, score[4 * j + 2])
             odd_1 = ptx.maximum(odd_1, score[4 * j + 3])
-        new_0, new_1 = raised(top[0], even_0, odd_0, factor), raised(top[1], even_1, odd_1, factor)
+        return ptx.maximum(even_0, odd_0), ptx.maximum(even_1, odd_1)
+
+    @cuda.jit(device=True, forceinline=True)
+    def softmax(score, high_0, high_1, top, total, factor):
+        new_0, new_1 = raised(top[0], high_0, factor), raised(top[1], high_1, factor)
         # A row that has seen nothing is measured from 0: -inf - -inf would be NaN.
         from_0 = np.float32(0) if new_0 == MINUS_INFINITY else new_0 * factor
         from_1 = np.float32(0) if new_1 == MINUS_INFINITY else new_1 * factor
@@ -125,7 +149,7 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable]:
         for i in range(2 * tiles):
             prob[i] = pair(score[2 * i], score[2 * i + 1])
 
-    return softmax, rescale, pack
+    return highest, softmax, rescale, pack
 
 
 def make_clear(config: Config) -> Callable:
