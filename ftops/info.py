@@ -17,7 +17,7 @@ PACKAGES = (
     ("nvidia-nvvm", "nvidia-cuda-nvcc-cu12"), ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12"),
 )
 COMPILER = ("numba-cuda", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink")
-OLDEST = (7, 5)
+OLDEST = (8, 0)
 
 
 def installed(*names: str) -> str | None:
