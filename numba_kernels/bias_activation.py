@@ -28,25 +28,26 @@ def make(config: Config) -> Callable:
     place, activate = make_place(config), make_activate(vec)
 
     def bias_activation(x_gl, bias_gl, y_gl, x_stride, rows, length, shift, tiles, form, linear, cubic):
-        row, column, apart = place(shift, tiles)
-        inside = column < length
+        row, column, apart, left = place(shift, tiles, rows, length)
+        x_at, x_step = x_gl + np.uint64((row * x_stride + column) * item), np.uint64(apart * x_stride * item)
+        y_at, y_step = y_gl + np.uint64((row * length + column) * item), np.uint64(apart * length * item)
         words = cuda.local.array(kept, np.uint32)
         biases = cuda.local.array(each, np.uint32)
         values = cuda.local.array(vec, np.float32)
         shifts = cuda.local.array(vec, np.float32)
         for i in range(rows_each):
-            at = row + i * apart
-            fetch(x_gl + np.uint64((at * x_stride + column) * item), inside and at < rows, words, i * each)
-        fetch(bias_gl + np.uint64(column * item), inside and bias_gl != np.uint64(0), biases, 0)
+            fetch(x_at, i * apart < left, words, i * each)
+            x_at += x_step
+        fetch(bias_gl + np.uint64(column * item), left > 0 and bias_gl != np.uint64(0), biases, 0)
         unpack(biases, 0, shifts, 0)
         for i in range(rows_each):
-            at = row + i * apart
             unpack(words, i * each, values, 0)
             for j in range(vec):
                 values[j] += shifts[j]
             activate(values, form, linear, cubic)
             pack(values, 0, words, i * each)
-            store(y_gl + np.uint64((at * length + column) * item), inside and at < rows, words, i * each)
+            store(y_at, i * apart < left, words, i * each)
+            y_at += y_step
 
     return bias_activation
 

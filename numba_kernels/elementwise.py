@@ -56,15 +56,19 @@ def blocks(rows: int, shift: int, tiles: int, rows_a_thread: int) -> int:
 
 
 def make_place(config: Config) -> Callable:
-    """place(shift, tiles) -> (first row, column, rows between a thread's rows): row and column are int64, of elements."""
+    """place(shift, tiles, rows, length) -> (first row, element in it, rows between a thread's rows, rows from the first on).
+
+    The last is at most what a block takes, and 0 beyond `length`.
+    """
     vec, rows_a_thread = config.vec, config.rows
 
     @cuda.jit(device=True, forceinline=True)
-    def place(shift, tiles):
+    def place(shift, tiles, rows, length):
         thread, block = np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockIdx.x)
         group = ptx.div_u32(block, tiles)
         apart = np.uint32(THREADS) >> shift
         row = np.int64(group) * np.int64(apart * np.uint32(rows_a_thread)) + np.int64(thread >> shift)
         column = (np.int64(block - group * tiles) << np.int64(shift)) + np.int64(thread & ((np.uint32(1) << shift) - np.uint32(1)))
-        return row, column * np.int64(vec), np.int64(apart)
+        column *= np.int64(vec)
+        return row, column, np.int32(apart), np.int32(min(rows - row, np.int64(rows_a_thread * THREADS)) if column < length else 0)
     return place

@@ -28,26 +28,26 @@ def make(config: Config) -> Callable:
     place, activate = make_place(config), make_activate(vec)
 
     def gated_activation(x_gl, y_gl, x_stride, rows, length, shift, tiles, form, linear, cubic):
-        row, column, apart = place(shift, tiles)
-        inside = column < length
+        row, column, apart, left = place(shift, tiles, rows, length)
+        x_at, x_step = x_gl + np.uint64((row * x_stride + column) * item), np.uint64(apart * x_stride * item)
+        y_at, y_step = y_gl + np.uint64((row * length + column) * item), np.uint64(apart * length * item)
         gates = cuda.local.array(kept, np.uint32)
         ups = cuda.local.array(kept, np.uint32)
         values = cuda.local.array(vec, np.float32)
         factors = cuda.local.array(vec, np.float32)
         for i in range(rows_each):
-            at = row + i * apart
-            gate_at = x_gl + np.uint64((at * x_stride + column) * item)
-            fetch(gate_at, inside and at < rows, gates, i * each)
-            fetch(gate_at + np.uint64(length * item), inside and at < rows, ups, i * each)
+            fetch(x_at, i * apart < left, gates, i * each)
+            fetch(x_at + np.uint64(length * item), i * apart < left, ups, i * each)
+            x_at += x_step
         for i in range(rows_each):
-            at = row + i * apart
             unpack(gates, i * each, values, 0)
             activate(values, form, linear, cubic)
             unpack(ups, i * each, factors, 0)
             for j in range(vec):
                 values[j] *= factors[j]
             pack(values, 0, gates, i * each)
-            store(y_gl + np.uint64((at * length + column) * item), inside and at < rows, gates, i * each)
+            store(y_at, i * apart < left, gates, i * each)
+            y_at += y_step
 
     return gated_activation
 

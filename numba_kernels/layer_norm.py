@@ -24,65 +24,69 @@ SIGNATURE = "ppppppllllfff"
 
 def make(config: Config) -> Callable:
     vec, item, each, accesses = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec), config.accesses
-    kept, step, tile = each * accesses, config.threads * vec, config.threads * vec * accesses
-    rows_a_block, reread = config.rows, config.reread
+    kept, step, tile, reread = each * accesses, config.threads * vec, config.threads * vec * accesses, config.reread
     load_access, store = make_io(config.dtype, vec)
     unpack, pack = make_convert(config.dtype, vec)
-    place, _, gather, prefetch = make_tile(config)
+    place, within, _, gather, prefetch = make_tile(config)
     (total, _), (_, totals) = make_sum(config.threads), make_sum(config.threads)
 
     @cuda.jit(device=True, forceinline=True)
-    def add_up(words, length):
+    def add_up(words):
         """The sum of a tile; what lies beyond the row is 0."""
         values = cuda.local.array(vec, np.float32)
         result = np.float32(0)
         for access in range(accesses):
-            if access * step < length:  # the same for all threads: short rows pay no arithmetic on nothing
-                unpack(words, access * each, values, 0)
-                for i in range(vec):
-                    result += values[i]
+            unpack(words, access * each, values, 0)
+            for i in range(vec):
+                result += values[i]
         return result
 
     @cuda.jit(device=True, forceinline=True)
-    def moments(words, left, length, centre):
-        """(sum of s - centre, sum of its square) of a tile."""
+    def moments(words, left, mean):
+        """(sum of s - mean, sum of its square) of a tile."""
         values = cuda.local.array(vec, np.float32)
         rest, square = np.float32(0), np.float32(0)
         for access in range(accesses):
-            if access * step < length:
-                unpack(words, access * each, values, 0)
-                here = centre if access * step < left else np.float32(0)
-                for i in range(vec):
-                    centred = values[i] - here
-                    rest += centred
-                    square = ptx.fma(centred, centred, square)
+            unpack(words, access * each, values, 0)
+            centre = mean if access * step < left else np.float32(0)
+            for i in range(vec):
+                centred = values[i] - centre
+                rest += centred
+                square = ptx.fma(centred, centred, square)
         return rest, square
 
     @cuda.jit(device=True, forceinline=True)
-    def scatter(y_at, weight_at, weight_left, bias_at, bias_left, left, length, words, mean, scale, shift, unit):
+    def scale_of(rest, square, mean, over_length, eps):
+        """(mean, 1 / deviation, what is yet to be added to (s - mean) / deviation), from the sums of s - mean and of its square.
+
+        The mean is rounded: its rest is taken off too, and the square of that from the variance.
+        """
+        rest, square = totals(rest, square)
+        rest *= over_length
+        scale = rsqrt(ptx.fma(-rest, rest, square * over_length) + eps)
+        better = mean + rest
+        return better, scale, (better - mean - rest) * scale
+
+    @cuda.jit(device=True, forceinline=True)
+    def scatter(y_at, weight_at, weight_left, bias_at, bias_left, left, words, mean, scale, shift, unit):
         more = cuda.local.array(each, np.uint32)
         values = cuda.local.array(vec, np.float32)
         factors = cuda.local.array(vec, np.float32)
         shifts = cuda.local.array(vec, np.float32)
         for access in range(accesses):
-            if access * step < length:
-                ahead = np.uint64(access * step * item)
-                load_access(weight_at + ahead, access * step < weight_left, more, 0)
-                unpack(more, 0, factors, 0)
-                load_access(bias_at + ahead, access * step < bias_left, more, 0)
-                unpack(more, 0, shifts, 0)
-                unpack(words, access * each, values, 0)
-                for i in range(vec):
-                    values[i] = ptx.fma(ptx.fma(values[i] - mean, scale, shift), unit + factors[i], shifts[i])
-                pack(values, 0, words, access * each)
-                store(y_at + ahead, access * step < left, words, access * each)
+            ahead = np.uint64(access * step * item)
+            load_access(weight_at + ahead, access * step < weight_left, more, 0)
+            unpack(more, 0, factors, 0)
+            load_access(bias_at + ahead, access * step < bias_left, more, 0)
+            unpack(more, 0, shifts, 0)
+            unpack(words, access * each, values, 0)
+            for i in range(vec):
+                values[i] = ptx.fma(ptx.fma(values[i] - mean, scale, shift), unit + factors[i], shifts[i])
+            pack(values, 0, words, access * each)
+            store(y_at + ahead, access * step < left, words, access * each)
 
     def layer_norm(x_gl, residual_gl, weight_gl, bias_gl, y_gl, sum_gl, x_stride, residual_stride, rows, length, over_length, eps, unit):
-        row_in_block, first = place()
-        row = np.int64(cuda.blockIdx.x) * np.int64(rows_a_block) + np.int64(row_in_block)
-        left = length - np.int64(first)
-        if row >= rows:  # these threads read and write nothing but take part in the sums
-            left = np.int64(0)
+        row, first, remains = place(rows, length)
         x_at = x_gl + np.uint64((row * x_stride + first) * item)
         y_at = y_gl + np.uint64((row * length + first) * item)
         residual_at, sum_at = residual_gl, sum_gl
@@ -90,50 +94,48 @@ def make(config: Config) -> Callable:
             residual_at += np.uint64((row * residual_stride + first) * item)
             sum_at += np.uint64((row * length + first) * item)
         weight_at, bias_at = weight_gl + np.uint64(first * item), bias_gl + np.uint64(first * item)
-        weight_left = left if weight_gl != np.uint64(0) else np.int64(0)
-        bias_left = left if bias_gl != np.uint64(0) else np.int64(0)
         words = cuda.local.array(kept, np.uint32)
-        mean, rest, square = np.float32(0), np.float32(0), np.float32(0)
         if reread:
             # The mean of the first tile is near enough to centre all: its error squared is at most length / tile of the variance.
-            gather(x_at, residual_at, np.uint64(0), left, words)
-            mean = total(add_up(words, length)) * np.float32(1 / tile)
-            for done in range(0, left, tile):
-                ahead = np.uint64(done * item)
-                gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, sum_at + ahead, left - done,
-                       words)
-                more_rest, more_square = moments(words, left - done, length, mean)
+            gather(x_at, residual_at, np.uint64(0), 0, within(remains), words)
+            mean = total(add_up(words)) * np.float32(1 / tile)
+            done, rest, square = np.int64(0), np.float32(0), np.float32(0)
+            while done < remains:
+                gather(x_at, residual_at, sum_at, done, within(remains - done), words)
+                more_rest, more_square = moments(words, within(remains - done), mean)
                 rest += more_rest
                 square += more_square
+                done += tile
+            mean, scale, shift = scale_of(rest, square, mean, over_length, eps)
+            done -= tile
+            while done >= 0:  # backwards: the last tile is still in registers, those before it in the nearest cache
+                left, ahead = within(remains - done), np.uint64(done * item)
+                if done + tile < remains:
+                    gather(x_at, residual_at, np.uint64(0), done, left, words)
+                scatter(y_at + ahead, weight_at + ahead, left if weight_gl != np.uint64(0) else np.int32(0), bias_at + ahead,
+                        left if bias_gl != np.uint64(0) else np.int32(0), left, words, mean, scale, shift, unit)
+                done -= tile
         else:
+            left = within(remains)
+            weight_left = left if weight_gl != np.uint64(0) else np.int32(0)
+            bias_left = left if bias_gl != np.uint64(0) else np.int32(0)
             if rows <= FEW_ROWS:
                 prefetch(weight_at, weight_left)
                 prefetch(bias_at, bias_left)
-            gather(x_at, residual_at, sum_at, left, words)
-            mean = total(add_up(words, length)) * over_length
-            rest, square = moments(words, left, length, mean)
-        # The mean is rounded: what is left of it, `rest`, is taken off too, and its square from the variance.
-        rest, square = totals(rest, square)
-        rest *= over_length
-        scale = rsqrt(ptx.fma(-rest, rest, square * over_length) + eps)
-        better = mean + rest
-        shift = (better - mean - rest) * scale
-        if reread:
-            for done in range(0, left, tile):
-                ahead = np.uint64(done * item)
-                gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, np.uint64(0), left - done, words)
-                scatter(y_at + ahead, weight_at + ahead, weight_left - done, bias_at + ahead, bias_left - done, left - done,
-                        length, words, better, scale, shift, unit)
-        else:
-            scatter(y_at, weight_at, weight_left, bias_at, bias_left, left, length, words, better, scale, shift, unit)
+            gather(x_at, residual_at, sum_at, 0, left, words)
+            mean = total(add_up(words)) * over_length
+            rest, square = moments(words, left, mean)
+            mean, scale, shift = scale_of(rest, square, mean, over_length, eps)
+            scatter(y_at, weight_at, weight_left, bias_at, bias_left, left, words, mean, scale, shift, unit)
 
     return layer_norm
 
 
 def spec(config: Config) -> Spec:
     threads = config.threads * config.rows
-    # Two blocks of a long row would spill on sm_120.
-    return Spec(make, config, SIGNATURE, threads, min_blocks=1 if config.reread else 1024 // threads)
+    # Two blocks of a long row would spill on sm_120, more than 512 threads with 16 accesses on sm_90a.
+    resident = threads if config.reread else 1024 if config.vec > 1 else 512
+    return Spec(make, config, SIGNATURE, threads, min_blocks=resident // threads)
 
 
 def variants() -> Iterator[Spec]:

@@ -23,43 +23,36 @@ SIGNATURE = "pppppllllfff"
 
 def make(config: Config) -> Callable:
     vec, item, each, accesses = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec), config.accesses
-    kept, step, tile = each * accesses, config.threads * vec, config.threads * vec * accesses
-    rows_a_block, reread = config.rows, config.reread
+    kept, step, tile, reread = each * accesses, config.threads * vec, config.threads * vec * accesses, config.reread
     _, store = make_io(config.dtype, vec)
     unpack, pack = make_convert(config.dtype, vec)
-    place, fetch, gather, prefetch = make_tile(config)
+    place, within, fetch, gather, prefetch = make_tile(config)
     total, _ = make_sum(config.threads)
 
     @cuda.jit(device=True, forceinline=True)
-    def squares(words, length):
+    def squares(words):
         values = cuda.local.array(vec, np.float32)
         square = np.float32(0)
         for access in range(accesses):
-            if access * step < length:  # the same for all threads: short rows pay no arithmetic on nothing
-                unpack(words, access * each, values, 0)
-                for i in range(vec):
-                    square = ptx.fma(values[i], values[i], square)
+            unpack(words, access * each, values, 0)
+            for i in range(vec):
+                square = ptx.fma(values[i], values[i], square)
         return square
 
     @cuda.jit(device=True, forceinline=True)
-    def scatter(y_at, left, length, words, weights, scale, offset):
+    def scatter(y_at, left, words, weights, scale, offset):
         values = cuda.local.array(vec, np.float32)
         factors = cuda.local.array(vec, np.float32)
         for access in range(accesses):
-            if access * step < length:
-                unpack(words, access * each, values, 0)
-                unpack(weights, access * each, factors, 0)
-                for i in range(vec):
-                    values[i] = values[i] * scale * (offset + factors[i])
-                pack(values, 0, words, access * each)
-                store(y_at + np.uint64(access * step * item), access * step < left, words, access * each)
+            unpack(words, access * each, values, 0)
+            unpack(weights, access * each, factors, 0)
+            for i in range(vec):
+                values[i] = values[i] * scale * (offset + factors[i])
+            pack(values, 0, words, access * each)
+            store(y_at + np.uint64(access * step * item), access * step < left, words, access * each)
 
     def rms_norm(x_gl, residual_gl, weight_gl, y_gl, sum_gl, x_stride, residual_stride, rows, length, over_length, eps, offset):
-        row_in_block, first = place()
-        row = np.int64(cuda.blockIdx.x) * np.int64(rows_a_block) + np.int64(row_in_block)
-        left = length - np.int64(first)
-        if row >= rows:  # these threads read and write nothing but take part in the sums
-            left = np.int64(0)
+        row, first, remains = place(rows, length)
         x_at = x_gl + np.uint64((row * x_stride + first) * item)
         y_at = y_gl + np.uint64((row * length + first) * item)
         weight_at = weight_gl + np.uint64(first * item)
@@ -69,28 +62,28 @@ def make(config: Config) -> Callable:
             sum_at += np.uint64((row * length + first) * item)
         words = cuda.local.array(kept, np.uint32)
         weights = cuda.local.array(kept, np.uint32)
-        square = np.float32(0)
         if reread:
-            for done in range(0, left, tile):
-                ahead = np.uint64(done * item)
-                gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, sum_at + ahead, left - done,
-                       words)
-                square += squares(words, length)
+            done, square = np.int64(0), np.float32(0)
+            while done < remains:
+                gather(x_at, residual_at, sum_at, done, within(remains - done), words)
+                square += squares(words)
+                done += tile
+            scale = rsqrt(ptx.fma(total(square), over_length, eps))
+            done -= tile
+            while done >= 0:  # backwards: the last tile is still in registers, those before it in the nearest cache
+                if done + tile < remains:
+                    gather(x_at, residual_at, np.uint64(0), done, within(remains - done), words)
+                fetch(weight_at + np.uint64(done * item), within(remains - done), weights)
+                scatter(y_at + np.uint64(done * item), within(remains - done), words, weights, scale, offset)
+                done -= tile
         else:
+            left = within(remains)
             if rows <= FEW_ROWS:
                 prefetch(weight_at, left)
-            gather(x_at, residual_at, sum_at, left, words)
+            gather(x_at, residual_at, sum_at, 0, left, words)
             fetch(weight_at, left, weights)
-            square = squares(words, length)
-        scale = rsqrt(ptx.fma(total(square), over_length, eps))
-        if reread:
-            for done in range(0, left, tile):
-                ahead = np.uint64(done * item)
-                gather(x_at + ahead, residual_at + ahead if residual_gl != np.uint64(0) else residual_at, np.uint64(0), left - done, words)
-                fetch(weight_at + ahead, left - done, weights)
-                scatter(y_at + ahead, left - done, length, words, weights, scale, offset)
-        else:
-            scatter(y_at, left, length, words, weights, scale, offset)
+            scale = rsqrt(ptx.fma(total(squares(words)), over_length, eps))
+            scatter(y_at, left, words, weights, scale, offset)
 
     return rms_norm
 

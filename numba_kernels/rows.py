@@ -87,8 +87,8 @@ def make_convert(dtype: str, vec: int) -> tuple[Callable, Callable]:
 
 
 def make_sum(threads: int) -> tuple[Callable, Callable]:
-    """(total, totals): total(x) is the sum of x over each `threads` neighbouring threads, given to all: 8, 32, or a block of 128, 256 or
-    512 (one barrier); totals(x, y) gives two sums at once.
+    """(total, totals): total(x) is the sum of x over each `threads` neighbouring threads, given to all: 8, 32, or a block of 64, 128, 256
+    or 512 (one barrier); totals(x, y) gives two sums at once.
 
     Each for one place in the kernel, passed once: what it keeps in shared memory is not guarded against a second pass.
     """
@@ -96,9 +96,12 @@ def make_sum(threads: int) -> tuple[Callable, Callable]:
     x1, x2, x4, x8, x16 = (ptx.shuffle_xor[n] for n in (1, 2, 4, 8, 16))
 
     @cuda.jit(device=True, forceinline=True)
-    def four(x):
-        x += x2(x)
+    def two(x):
         return x + x1(x)
+
+    @cuda.jit(device=True, forceinline=True)
+    def four(x):
+        return two(x + x2(x))
 
     @cuda.jit(device=True, forceinline=True)
     def eight(x):
@@ -119,7 +122,7 @@ def make_sum(threads: int) -> tuple[Callable, Callable]:
         def both(x, y):
             return within(x), within(y)
         return within, both
-    over_warps = {4: four, 8: eight, 16: sixteen}[warps]
+    over_warps = {2: two, 4: four, 8: eight, 16: sixteen}[warps]
 
     @cuda.jit(device=True, forceinline=True)
     def block(x):
