@@ -16,7 +16,7 @@ from ftops.integrations.transformers.arch import Arch, Unfit, follow
 from ftops.integrations.transformers.attention import INSTEAD, ROWS, SILENT, register, weights_requested
 from ftops.integrations.transformers.cache import attend, causal_bias, is_rows, unfit_cache
 from ftops.integrations.transformers.swap import Swapped, change_class, original_class, own_forward, swapped_class
-from ftops.integrations.transformers.weights import assemble, check_parts, release
+from ftops.integrations.transformers.weights import assemble, check_parts, check_rows, release
 
 # Where the modules inside of a layer may come from, besides the layer's own file.
 KNOWN = ("torch.nn.modules.", "transformers.activations", "transformers.pytorch_utils")
@@ -38,8 +38,9 @@ def examine(arch: Arch, layer: nn.Module) -> BlockSpec:
         owner = next(base for base in kind.__mro__ if "forward" in base.__dict__)
         if owner.forward.__module__ != owner.__module__:
             raise Unfit(f"the forward of {owner.__name__} was replaced")
+    check_parts(arch, layer)
     spec = arch.spec(layer)
-    check_parts(arch, layer, spec)
+    check_rows(arch, layer, spec)
     return spec
 
 

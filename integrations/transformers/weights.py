@@ -20,8 +20,8 @@ def parts(arch: Arch) -> tuple[str, ...]:
     return (*arch.norms, *arch.qkv, *(arch.qk_norms or ()), arch.out, *arch.up, arch.down)
 
 
-def check_parts(arch: Arch, layer: nn.Module, spec: BlockSpec) -> None:
-    """Raises Unfit, naming the part, for weights that the block cannot use as they are. Changes nothing."""
+def check_parts(arch: Arch, layer: nn.Module) -> None:
+    """Raises Unfit, naming the part, for modules and weights that the block cannot use as they are. Changes nothing."""
     norms = (*arch.norms, *(arch.qk_norms or ()))
     for path in parts(arch):
         part = follow(layer, path)
@@ -50,6 +50,10 @@ def check_parts(arch: Arch, layer: nn.Module, spec: BlockSpec) -> None:
             raise Unfit(f"some of {', '.join(group)} have a bias and some have not")
         if len({id(module.weight) for module in modules}) < len(modules):
             raise Unfit(f"{', '.join(group)} share a weight")
+
+
+def check_rows(arch: Arch, layer: nn.Module, spec: BlockSpec) -> None:
+    """Raises Unfit if q, k and v do not have the heads of `spec`."""
     rows = sum(_oriented(follow(layer, path)).shape[0] for path in arch.qkv)
     expected = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     if rows != expected:
