@@ -112,3 +112,30 @@ def with_batch(args, kwargs, batch):
             return value[torch.arange(batch) % rows] if per_row else value
         return type(value)(resize(item) for item in value) if isinstance(value, (tuple, list)) else value
     return resize(args), {key: resize(value) for key, value in kwargs.items()}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_whoever_listens_to_the_dispatcher_hears_the_op():
+    """torch.jit.trace, dispatch modes and vmap: a call that went past them would be missing from the trace, or see a wrong tensor."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from ftops import ops
+    x, weight = torch.randn(3, 4, 64), torch.randn(64)
+    norm = lambda x: ops.rms_norm(x, weight, 1e-6)  # noqa: E731
+    expected = norm(x)
+
+    with torch.no_grad():
+        traced = torch.jit.trace(norm, (x,), check_trace=False)
+    assert "ftops::rms_norm" in str(traced.graph)
+
+    heard = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            heard.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Listener():
+        assert_same(norm(x), expected)
+    assert heard == ["ftops.rms_norm.default"]
+    assert_same(torch.func.vmap(norm)(x), expected)
