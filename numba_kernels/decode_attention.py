@@ -134,7 +134,7 @@ def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length
     out_at, partial_at, lse_at = out.data_ptr(), 0, 0
     if combine:
         width = (head_dim + 3) & -4
-        workspace = torch.empty(lines * splits * (width + 1), dtype=torch.float32, device=device)
+        workspace = q.new_empty(lines * splits * (width + 1) * 4 // q.element_size())  # of bytes: naming a dtype costs the host 2 us
         partial_at = workspace.data_ptr()
         lse_at = partial_at + 4 * lines * splits * width
     kernel(splits, min(blocks, GRID_Y), -(-blocks // GRID_Y), q_at, k_at, v_at, lengths.data_ptr(), table_at, bias_at, slopes_at,

@@ -149,18 +149,18 @@ def make(config: Config) -> Callable:
                     x[i] = capped(x[i], cap)
             if bias_gl != 0:
                 for i in range(n_x):
-                    key = g + 8 * ((i >> 1) & 1)
-                    if (bits >> key) & 1 != 0:
-                        x[i] += load_bias(bias_row[2 * (i >> 2) + (i & 1)], first + key, bias_key, kinds & 3)
+                    row = g + 8 * ((i >> 1) & 1)
+                    if (bits >> row) & 1 != 0:
+                        x[i] += load_bias(bias_row[2 * (i >> 2) + (i & 1)], first + row, bias_key, kinds & 3)
             if slopes_gl != 0:
                 for i in range(n_x):
                     behind = position[2 * (i >> 2) + (i & 1)] - first - g - 8 * ((i >> 1) & 1)
                     x[i] -= slope[2 * (i >> 2) + (i & 1)] * abs(np.float32(behind))
             if bits != all_keys or np.int32(first + (KEYS - 1)) > certain or (window >= 0 and first < np.int32(last - window)):
                 for i in range(n_x):
-                    key = g + 8 * ((i >> 1) & 1)
-                    behind = np.int32(position[2 * (i >> 2) + (i & 1)] - first - key)
-                    if (bits >> key) & 1 == 0 or behind < 0 or (window >= 0 and behind > window):
+                    row = g + 8 * ((i >> 1) & 1)
+                    behind = np.int32(position[2 * (i >> 2) + (i & 1)] - first - row)
+                    if (bits >> row) & 1 == 0 or behind < 0 or (window >= 0 and behind > window):
                         x[i] = hidden
             softmax(x, acc, top, total, p)
             outputs(acc, stage_sh + half_stage, lane, p)
