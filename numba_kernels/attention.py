@@ -27,10 +27,9 @@ def variants() -> Iterator[Spec]:
 @functools.cache
 def _kernel(dtype: torch.dtype, dim: int, extras: bool, device: int) -> tuple[Kernel, int]:
     """The kernel and how many query rows one of its blocks takes."""
-    name = DTYPE_NAME[dtype]
-    if name == "float32" or torch.cuda.get_device_capability(device) < (8, 0):
-        return load(attention_plain.spec(attention_plain.pick(name, dim)), device), attention_plain.ROWS * attention_plain.WARPS
-    config = attention_mma.pick(name, next(d for d in attention_mma.HEAD_DIMS if d >= dim), extras)
+    if dtype is torch.float32:
+        return load(attention_plain.spec(attention_plain.pick(dim)), device), attention_plain.ROWS * attention_plain.WARPS
+    config = attention_mma.pick(DTYPE_NAME[dtype], next(d for d in attention_mma.HEAD_DIMS if d >= dim), extras)
     return load(attention_mma.spec(config), device), config.rows
 
 

@@ -1,4 +1,4 @@
-"""attention and attention_varlen without tensor cores: float32 everywhere, and every dtype on sm_75.
+"""attention and attention_varlen in float32, without tensor cores: TF32 would keep 10 bits of q and k.
 
 A warp takes four query rows and 32 keys at a time: a lane has one key for the scores, and every 32nd element of the outputs. The rows of q
 and the weights pass through shared memory, where all lanes read one word at a time; K is read by rows through L1, V by columns.
@@ -15,7 +15,6 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.attention_common import SIGNATURE, make_locate
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.rows import ITEM, make_convert, make_io, words_of
 
 ROWS, WARPS = 4, 4  # query rows a warp: each K or V element that is read serves so many
 MINUS_INFINITY = np.float32(-np.inf)
@@ -25,43 +24,18 @@ MINUS_INFINITY = np.float32(-np.inf)
 class Config:
     """columns: output elements a lane keeps, head_dim / 32 rounded up."""
 
-    dtype: str
     columns: int
 
 
-def pick(dtype: str, head_dim: int) -> Config:
-    return Config(dtype, 2 if head_dim <= 64 else 4 if head_dim <= 128 else 8)
+def pick(head_dim: int) -> Config:
+    return Config(2 if head_dim <= 64 else 4 if head_dim <= 128 else 8)
 
 
 def make(config: Config) -> Callable:
     columns, width = config.columns, 32 * config.columns
-    item = ITEM[config.dtype]
-    vec = 16 // item
     out_size, dot_size = ROWS * columns, ROWS
-    chunk_size = words_of(config.dtype, vec)
-    load_chunk, _ = make_io(config.dtype, vec)
-    unpack_chunk, _ = make_convert(config.dtype, vec)
-    load_word, store_word = make_io(config.dtype, 1)
-    unpack_word, pack_word = make_convert(config.dtype, 1)
     locate = make_locate(ROWS * WARPS)
     x1, x2, x4, x8, x16 = (ptx.shuffle_xor[n] for n in (1, 2, 4, 8, 16))
-
-    @cuda.jit(device=True, forceinline=True)
-    def load_one(address, live):
-        """One element as float32, 0 where not live."""
-        word = cuda.local.array(1, np.uint32)
-        one = cuda.local.array(1, np.float32)
-        load_word(address, live, word, 0)
-        unpack_word(word, 0, one, 0)
-        return one[0]
-
-    @cuda.jit(device=True, forceinline=True)
-    def store_one(address, live, x):
-        word = cuda.local.array(1, np.uint32)
-        one = cuda.local.array(1, np.float32)
-        one[0] = x
-        pack_word(one, 0, word, 0)
-        store_word(address, live, word, 0)
 
     @cuda.jit(device=True, forceinline=True)
     def warp_max(x):
@@ -107,8 +81,6 @@ def make(config: Config) -> Callable:
 
         q_sh = np.uint32(base + warp * np.uint32(4 * ROWS * width))
         p_sh = np.uint32(base + np.uint32(4 * WARPS * ROWS * width) + warp * np.uint32(4 * 32 * ROWS))
-        words = cuda.local.array(chunk_size, np.uint32)
-        chunk = cuda.local.array(vec, np.float32)
         dot = cuda.local.array(dot_size, np.float32)
         out = cuda.local.array(out_size, np.float32)
         part = cuda.local.array(out_size, np.float32)
@@ -120,9 +92,9 @@ def make(config: Config) -> Callable:
             for c in range(columns):
                 out[r * columns + c] = np.float32(0)
                 element = np.int32(lane + np.uint32(32 * c))
-                element_gl = q_gl + np.uint64(r) * np.uint64(q_row) + np.uint64(element) * np.uint64(item)
-                q = load_one(element_gl, element < dim and np.int32(r) < rows_here)
-                ptx.st_shared_f32(q_sh + np.uint32(4 * r * width) + np.uint32(4) * np.uint32(element), q)
+                element_gl = q_gl + np.uint64(r) * np.uint64(q_row) + np.uint64(4) * np.uint64(element)
+                q = ptx.ld_global_32_if(element_gl, np.uint32(element < dim and np.int32(r) < rows_here))
+                ptx.st_shared_32(q_sh + np.uint32(4 * r * width) + np.uint32(4) * np.uint32(element), q)
         ptx.warp_sync()
 
         for first in range(begin, end, 32):
@@ -131,16 +103,15 @@ def make(config: Config) -> Callable:
                 dot[r] = np.float32(0)
             if key < end:
                 key_gl = k_gl + np.uint64(key) * np.uint64(k_row)
-                for d in range(0, dim, vec):
-                    load_chunk(key_gl + np.uint64(d) * np.uint64(item), True, words, 0)
-                    unpack_chunk(words, 0, chunk, 0)
+                for d in range(0, dim, 4):
+                    k0, k1, k2, k3 = ptx.ld_global_128(key_gl + np.uint64(4) * np.uint64(d))
                     for r in range(ROWS):
-                        # A sum for each chunk halves the error of a float32 score.
-                        some = np.float32(0)
-                        for i in range(vec):
-                            q = ptx.ld_shared_f32(q_sh + np.uint32(4 * r * width + 4 * i) + np.uint32(4) * np.uint32(d))
-                            some = ptx.fma(chunk[i], q, some)
-                        dot[r] += some
+                        q0, q1, q2, q3 = ptx.ld_shared_128(q_sh + np.uint32(4 * r * width) + np.uint32(4) * np.uint32(d))
+                        # A sum for each four halves the error of a score.
+                        some = ptx.bits_f32(q0) * ptx.bits_f32(k0)
+                        some = ptx.fma(ptx.bits_f32(q1), ptx.bits_f32(k1), some)
+                        some = ptx.fma(ptx.bits_f32(q2), ptx.bits_f32(k2), some)
+                        dot[r] += ptx.fma(ptx.bits_f32(q3), ptx.bits_f32(k3), some)
             for r in range(ROWS):
                 place = np.int32(position + np.int32(r))
                 s = MINUS_INFINITY
@@ -149,8 +120,7 @@ def make(config: Config) -> Callable:
                     if softcap > np.float32(0):
                         s = softcap * np.float32(math.tanh(s / softcap))
                     if bias_gl != np.uint64(0):
-                        row_gl = bias_gl + np.uint64(r) * np.uint64(bias_row)
-                        s += ptx.ld_global_f32(row_gl + np.uint64(4 * key)) if bias_wide else load_one(row_gl + np.uint64(item * key), True)
+                        s += ptx.ld_global_f32(bias_gl + np.uint64(r) * np.uint64(bias_row) + np.uint64(4) * np.uint64(key))
                     s -= slope * np.float32(abs(np.int32(key - place)))
                 high = ptx.maximum(top[r], warp_max(s))
                 # A row that has seen nothing is measured from 0: -inf - -inf would be NaN.
@@ -162,11 +132,12 @@ def make(config: Config) -> Callable:
             ptx.warp_sync()
             for i in range(out_size):
                 part[i] = np.float32(0)
-            value_gl = v_gl + np.uint64(first) * np.uint64(v_row) + np.uint64(lane) * np.uint64(item)
+            value_gl = v_gl + np.uint64(first) * np.uint64(v_row) + np.uint64(4) * np.uint64(lane)
             for j in range(min(np.int32(32), np.int32(end - first))):
                 p0, p1, p2, p3 = ptx.ld_shared_128(p_sh + np.uint32(4 * ROWS) * np.uint32(j))
                 for c in range(columns):
-                    value = load_one(value_gl + np.uint64(32 * c * item), np.int32(lane + np.uint32(32 * c)) < dim)
+                    live = np.uint32(np.int32(lane + np.uint32(32 * c)) < dim)
+                    value = ptx.bits_f32(ptx.ld_global_32_if(value_gl + np.uint64(128 * c), live))
                     part[c] = ptx.fma(ptx.bits_f32(p0), value, part[c])
                     part[columns + c] = ptx.fma(ptx.bits_f32(p1), value, part[columns + c])
                     part[2 * columns + c] = ptx.fma(ptx.bits_f32(p2), value, part[2 * columns + c])
@@ -182,11 +153,11 @@ def make(config: Config) -> Callable:
             out_row += np.uint64(batch) * np.uint64(all_queries)
         for r in range(ROWS):
             whole = np.float32(1) if total[r] == np.float32(0) else total[r]
-            row_gl = out_gl + ((out_row + np.uint64(r)) * np.uint64(heads) + head) * np.uint64(dim) * np.uint64(item)
+            row_gl = out_gl + ((out_row + np.uint64(r)) * np.uint64(heads) + head) * np.uint64(4 * dim)
             for c in range(columns):
                 element = np.uint64(lane + np.uint32(32 * c))
-                there = element < np.uint64(dim) and np.int32(r) < rows_here
-                store_one(row_gl + element * np.uint64(item), there, ptx.divide_rn(out[r * columns + c], whole))
+                if element < np.uint64(dim) and np.int32(r) < rows_here:
+                    ptx.st_global_f32(row_gl + np.uint64(4) * element, ptx.divide_rn(out[r * columns + c], whole))
 
     return attention_plain
 
@@ -196,5 +167,4 @@ def spec(config: Config) -> Spec:
 
 
 def variants() -> Iterator[Spec]:
-    for dtype in ITEM:
-        yield from (spec(Config(dtype, columns)) for columns in (2, 4, 8))
+    return (spec(Config(columns)) for columns in (2, 4, 8))
