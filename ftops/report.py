@@ -44,16 +44,19 @@ class Report:
         return text.getvalue().rstrip()
 
     def __rich__(self) -> object:
+        from rich.console import Group
         from rich.table import Table
-        title = self.family or ("no description, leaves swapped" if self.swapped else "nothing swapped")
-        table = Table(title=f"{self.model}: {title}", title_justify="left")
+        title = f"{self.model}: {self.family or ('no description, leaves swapped' if self.swapped else 'nothing swapped')}"
+        if not self.rows:
+            return title
+        table = Table()
         reasons, fallbacks = any(row.reason for row in self.rows), self.fallbacks > 0
         for column in ("module", "class", "swapped to", *["why"] * reasons, *["fell back"] * fallbacks):
             table.add_column(column, overflow="fold")
         for row, names in _runs(self.rows):
             fallen = ", ".join(f"{reason}: {count}" for reason, count in row.fallbacks)
             table.add_row(names, row.kind, row.swapped_to or "kept", *[row.reason] * reasons, *[fallen] * fallbacks)
-        return table
+        return Group(title, table)
 
 
 def _runs(rows: tuple[Row, ...]) -> Iterator[tuple[Row, str]]:

@@ -15,7 +15,7 @@ from ftops.block import Block, BlockSpec
 from ftops.integrations.transformers.arch import Arch, Unfit, follow
 from ftops.integrations.transformers.attention import INSTEAD, ROWS, SILENT, register, weights_requested
 from ftops.integrations.transformers.cache import attend, causal_bias, is_rows, unfit_cache
-from ftops.integrations.transformers.swap import Swapped, change_class, original_class, own_forward, swapped_class
+from ftops.integrations.transformers.swap import Swapped, bypassable, change_class, offloaded, original_class, own_forward, swapped_class
 from ftops.integrations.transformers.weights import assemble, check_parts, check_rows, release
 
 # Where the modules inside of a layer may come from, besides the layer's own file.
@@ -26,11 +26,12 @@ SERVED = (SILENT | {"hidden_states", "attention_mask", "layer_past"}) - {"is_cau
 
 def examine(arch: Arch, layer: nn.Module) -> BlockSpec:
     """The block that can take the layer's place. Raises Unfit with the reason if none can. Changes nothing."""
+    if any(map(offloaded, layer.modules())):
+        raise Unfit("accelerate offloads it")
     for name, module in layer.named_modules():
-        hook = module.__dict__.get("_hf_hook")
-        if hook is not None and (name or getattr(hook, "offload", True)):
-            raise Unfit("accelerate offloads it" if getattr(hook, "offload", True) else f"accelerate hooks {name}")
-        if hook is None and not own_forward(module):
+        if name and not bypassable(module):
+            raise Unfit(f"accelerate hooks {name}")
+        if "_hf_hook" not in module.__dict__ and not own_forward(module):
             raise Unfit(f"the forward of {name or 'the layer'} was replaced")
         kind = original_class(module)
         if not kind.__module__.startswith(KNOWN) and kind.__module__ != type(layer).__module__:

@@ -19,6 +19,7 @@ from ftops.integrations.transformers.archs import ARCHS
 from ftops.integrations.transformers.attention import ROWS, WHOLE, AttentionState, register
 from ftops.integrations.transformers.layer import FusedLayer, examine, restore_layer, swap_layer
 from ftops.integrations.transformers.leaves import FusedNorm, NormState, examine_norm, is_norm, restore_norm, swap_norm
+from ftops.integrations.transformers.swap import offloaded
 from ftops.report import Report, Row
 
 REGISTRY = "ops.attention, through transformers' registry"
@@ -117,10 +118,9 @@ def _check(model: object, **options: object) -> None:
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"patch: {name} is {value!r}; allowed: None ({meaning[name]} is not in this version)")
-    offloaded = tuple(f"{path}." if path else "" for path, module in model.named_modules()
-                      if getattr(module.__dict__.get("_hf_hook"), "offload", False))
+    away = tuple(f"{path}." if path else "" for path, module in model.named_modules() if offloaded(module))
     for path, parameter in model.named_parameters():
-        if parameter.is_meta and not path.startswith(offloaded):
+        if parameter.is_meta and not path.startswith(away):
             raise ValueError(f"patch: parameter {path} is on the meta device and has no values; "
                              "load the weights first (from_pretrained, or to_empty and load_state_dict), then patch")
 

@@ -44,6 +44,21 @@ def own_forward(module: nn.Module) -> bool:
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
+def offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate brings the module's weights when it runs and takes them away afterwards."""
+    return any(getattr(hook, "offload", False) for hook in _hooks(module))
+
+
+def bypassable(module: nn.Module) -> bool:
+    """Whether nothing is lost if the module is not called: its hooks, if any, only bring inputs to the device of its weights."""
+    return not offloaded(module) and all(type(hook).__name__ == "AlignDevicesHook" for hook in _hooks(module))
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    hook = module.__dict__.get("_hf_hook")
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
 def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Sets the class. An accelerate hook holds the old forward on the instance, so it is taken off and put on again."""
     hook = module.__dict__.get("_hf_hook")

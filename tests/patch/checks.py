@@ -13,8 +13,9 @@ from tests.families.tiny import prompt
 
 def logits(model: PreTrainedModel, ids: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
     ids = prompt()[0] if ids is None else ids
+    device = "cpu" if model.device.type == "meta" else model.device  # offloaded, and run on the CPU
     with torch.inference_mode():
-        return model(ids.to(model.device), **options).logits
+        return model(ids.to(device), **options).logits
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
