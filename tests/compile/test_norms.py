@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
@@ -272,3 +273,13 @@ def test_rows_that_vary_compile_once(name):
             args = x(rows=rows), x(rows=rows)
             torch.testing.assert_close(rewritten(*args), module(*args), atol=1e-5, rtol=1e-5)
     assert [found.replaced for found in rewritten.found] == [{NORMS[name][1]: 1, "residual": 1}]
+
+
+def test_tensors_of_a_subclass_are_kept():
+    """A DTensor knows how to run layer_norm on its shards, and not how to run an op of ours: it must come through unchanged."""
+    module, (a, b) = made(NORMS["layer_norm"][0]), (x(), x())
+    rewritten = Rewritten(module)
+    with torch.no_grad():
+        out = rewritten(TwoTensor(a, b))
+        torch.testing.assert_close((out.a, out.b), (module(a), module(b)))
+    assert rewritten.found[0].kept == {"layer_norm: a tensor of a subclass, such as DTensor": 1}
