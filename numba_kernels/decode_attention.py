@@ -18,9 +18,9 @@ KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8",
          torch.float8_e4m3fn: "float8_e4m3fn"}
 MAX_SPLITS = 512
-# Measured on an H200, in us: what a multiprocessor's share of the bandwidth (34 kB) takes, what the start and end of blocks take, and
-# the combining kernel, and a split more in it. LONE: how much of that share one block can use where no other is beside it.
-SHARE_BYTES, BLOCK_US, COMBINE_US, SPLIT_US, LONE = 34e3, 1.0, 1.6, 0.02, 1.2
+# Measured on an H200. A multiprocessor's share of the bandwidth in bytes a us; in us, what a warp takes for 16 keys that are there already,
+# the start and end of a block, the combining kernel, and each split in it.
+SHARE, TILE_US, BLOCK_US, COMBINE_US, SPLIT_US = 34e3, 0.5, 1.0, 1.3, 0.03
 
 
 def variants() -> Iterator[Spec]:
@@ -30,24 +30,32 @@ def variants() -> Iterator[Spec]:
     yield from decode_combine.variants()
 
 
-def pick_splits(blocks: int, tiles: int, tile_bytes: int, processors: int, residents: tuple[int, ...]) -> tuple[int, int]:
-    """(splits, blocks resident on a multiprocessor): how many blocks share the keys of one (sequence, kv head, row tile).
+def pick_splits(blocks: int, tiles: int, tile_bytes: int, processors: int, resident: int) -> tuple[int, int]:
+    """(splits, blocks that may reside on a multiprocessor, 2 to `resident`): how many blocks share the keys of one of `blocks`.
 
-    There are `blocks` of those, each with up to `tiles` tiles. Memory is what all wait for, so what counts is that multiprocessors end
-    together: blocks come in waves of residents x processors, and a last wave with few blocks leaves bandwidth unused, the more the
-    fewer waves there are, since blocks then start and end in step. Fewer residents are chosen where they make the waves come out even.
+    Up to `tiles` tiles each. All wait for memory, so what counts is that the multiprocessors end together. Blocks that fit at once are
+    kept from crowding on a few of them. More come in waves, and a last wave with few blocks leaves bandwidth unused, the more the fewer
+    waves there are, since blocks then start and end in step; one resident fewer may make the waves come out even.
     """
-    def cost(splits: int, resident: int) -> float:
-        each = -(-tiles // splits) * tile_bytes / SHARE_BYTES
-        waves, rest = divmod(blocks * splits, resident * processors)
-        time = waves * (resident * each + BLOCK_US) + (COMBINE_US + SPLIT_US * splits if splits > 1 else 0)
+    def cost(splits: int, places: int) -> float:
+        each, lone = -(-tiles // splits) * tile_bytes / SHARE, -(-tiles // splits) * TILE_US
+        waves, rest = divmod(blocks * splits, places * processors)
+        time = COMBINE_US + SPLIT_US * splits if splits > 1 else 0
+        if waves == 0:
+            uneven = 1 - rest / (-(-rest // processors) * processors)
+            return time + BLOCK_US + max(rest * each / processors * (1 + 0.15 * uneven), lone)
+        time += waves * (places * each + BLOCK_US)
         if rest:
-            shared, alone = rest * each / processors, each / LONE if waves == 0 else 1.25 * each
-            time += BLOCK_US + (max(shared, alone) if waves < 4 else shared + each / 4)
-        return time * (1 if resident == residents[0] else 1.02)
+            shared = rest * each / processors
+            time += BLOCK_US + (shared + each / 4 if waves > 3 else max(shared, 1.25 * each))
+        return time * (1 if places == resident else 1.02)
+
+    def places(splits: int) -> set[int]:
+        fitting = max(2, -(-blocks * splits // processors))
+        return {fitting} if fitting <= resident else {resident, max(resident - 1, min(2, resident))}
 
     most = min(tiles, MAX_SPLITS, max(1, 4 * processors // blocks))
-    return min(((n, r) for n in range(1, most + 1) for r in residents), key=lambda choice: cost(*choice), default=(1, residents[0]))
+    return min(((n, p) for n in range(1, most + 1) for p in places(n)), key=lambda choice: cost(*choice), default=(1, resident))
 
 
 @functools.cache
@@ -65,12 +73,11 @@ def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pair
         row_tiles, tile = -(-rows // config.rows), decode_mma.KEYS * config.warps
         processor_bytes = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
         resident = max(1, processor_bytes // (config.shared()[-1] + 1024))
-        splits, wanted = pick_splits(pairs * row_tiles, -(-keys // tile), 2 * tile * config.row_bytes, multiprocessors(device),
-                                     (resident, resident - 1) if resident > 2 else (resident,))
-        spec = decode_mma.spec(config, 0 if wanted == resident else processor_bytes // wanted - 1024, dependent)
+        splits, places = pick_splits(pairs * row_tiles, -(-keys // tile), 2 * tile * config.row_bytes, multiprocessors(device), resident)
+        spec = decode_mma.spec(config, 0 if places >= resident else processor_bytes // places - 1024, dependent)
     else:
         row_tiles, tile = rows, decode_plain.KEYS * decode_plain.WARPS
-        splits, _ = pick_splits(pairs * row_tiles, -(-keys // tile), 2 * tile * head_dim * cache.itemsize, multiprocessors(device), (4,))
+        splits, _ = pick_splits(pairs * row_tiles, -(-keys // tile), 2 * tile * head_dim * cache.itemsize, multiprocessors(device), 4)
         spec = decode_plain.spec(decode_plain.Config(NAMES[cache]))
     combine = load(decode_combine.spec(decode_combine.Config(), dependent), device) if splits > 1 else None
     return load(spec, device), combine, pairs * row_tiles, row_tiles, splits

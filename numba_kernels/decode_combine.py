@@ -23,7 +23,7 @@ class Config:
     """threads a block; ahead: partial results that a thread reads before it uses the first. Up to `ahead` splits need no barrier."""
 
     threads: int = 128
-    ahead: int = 8
+    ahead: int = 16
 
 
 def make(config: Config) -> Callable:

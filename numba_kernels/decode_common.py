@@ -15,15 +15,18 @@ LOWEST = -1e29  # a finite bias, however low, keeps its key: a row of nothing bu
 
 
 def make_key_range(tile: int) -> Callable:
-    """key_range(...) -> (length, start, tiles): the length within the capacity, the first visible key, the tiles from there to the end."""
-
+    """key_range(...) -> (length, start, low, high): length within the capacity, first visible key, tiles of `split` from that key on."""
     none = np.int32(0)
 
     @cuda.jit(device=True, forceinline=True)
-    def key_range(length, capacity, new, window):
+    def key_range(length, capacity, new, window, split, splits):
         length = min(max(length, none), capacity)
         start = max(np.int32(length - new - window), none) if window >= 0 else none
-        return length, start, np.int32(np.uint32(length - start + (tile - 1)) // tile)
+        tiles = np.int32(np.uint32(length - start + (tile - 1)) // tile)
+        each = np.int32(ptx.div_u32(tiles, splits))
+        rest = np.int32(tiles - each * splits)
+        low = np.int32(split * each + min(split, rest))
+        return length, start, low, np.int32(low + each + (1 if split < rest else 0))
 
     return key_range
 

@@ -40,7 +40,7 @@ def make(config: Config) -> Callable:
     pitch = 4 * (config.head_dim + 4)  # bytes between rows of a warp's output: its 32 lanes then meet 32 banks
     n_q, n_acc, n_x, n_row = 2 * steps * row_tiles_n, 4 * steps * row_tiles_n, 4 * row_tiles_n, 2 * row_tiles_n
     zero, one, nothing, hidden, log2e = (np.float32(c) for c in (0, 1, NOTHING, -np.inf, LOG2E))
-    all_keys = np.uint32(0xFFFF)
+    all_keys, absent = np.uint32(0xFFFF), np.uint32(0)
     zeroth, last_stage, wait_for_oldest = np.int32(0), np.int32(stages - 1), ptx.CP_ASYNC_WAIT[stages - 1]
     xor_4, xor_8, xor_16 = (ptx.shuffle_xor[n] for n in (4, 8, 16))
     key_range, stage_q, copy_keys = make_key_range(tile_keys), decode_tile.make_stage_q(config), decode_tile.make_copy_keys(config)
@@ -64,21 +64,24 @@ def make(config: Config) -> Callable:
         ring_sh, bits_sh = shared_sh + warp * ring_bytes, shared_sh + bits_offset + warp * 4 * stages
         ptx.wait_for_primary()
         ptx.launch_dependents()  # the combining kernel may take its place, and waits there for the end of this one
-        length, start, tiles = key_range(np.int32(ptx.ld_written_32(lengths_gl)), capacity, new, window)
+        length, start, low, high = key_range(np.int32(ptx.ld_written_32(lengths_gl)), capacity, new, window, split, splits)
 
         # The first tiles are on their way before q is asked for: theirs is the longer way.
-        certain = np.int32(length - new)  # up to there every row sees a key
-        own, stride, real_units = np.int32(start + warp * KEYS + (lane & 15)), np.int32(splits * tile_keys), np.int32(head_dim // per_unit)
-        last, key, page, slot = np.int32(length - 1), np.int32(own + split * tile_keys), np.uint32(0), np.uint32(0)
-        if split < tiles:
-            page, slot = lookup(table_gl, batch, min(key, last), page_size)
-        for ahead in range(stages - 1):
-            if np.int32(split + ahead * splits) < tiles:
-                copy_keys(k_gl, v_gl, ring_sh + ahead * (2 * half_stage), bits_sh + 4 * ahead, lane, key < length and page < pages,
-                          page * k_page + slot * k_slot, page * v_page + slot * v_slot, real_units)
-                key = np.int32(key + stride)
-                page, slot = lookup(table_gl, batch, min(key, last), page_size)
+        certain, last = np.int32(length - new), np.int32(length - 1)  # up to `certain` every row sees a key
+        key, real_units = np.int32(start + low * tile_keys + warp * KEYS + (lane & 15)), np.int32(head_dim // per_unit)
+        page = cuda.local.array(stages, np.uint32)
+        slot = cuda.local.array(stages, np.uint32)
+        for i in range(stages):
+            page[i], slot[i] = absent, absent
+            if np.int32(low + i) < high:
+                page[i], slot[i] = lookup(table_gl, batch, min(np.int32(key + i * tile_keys), last), page_size)
+        for i in range(stages - 1):
+            if np.int32(low + i) < high:
+                copy_keys(k_gl, v_gl, ring_sh + i * (2 * half_stage), bits_sh + 4 * i, lane, key < length and page[i] < pages,
+                          page[i] * k_page + slot[i] * k_slot, page[i] * v_page + slot[i] * v_slot, real_units)
+                key = np.int32(key + tile_keys)
             ptx.cp_async_commit()
+        page_on, slot_on = page[stages - 1], slot[stages - 1]
 
         value_scale = one
         if not wide:
@@ -120,13 +123,14 @@ def make(config: Config) -> Callable:
         for r in range(n_row):
             top[r], total[r] = nothing, zero
         filling, using = last_stage, zeroth
-        for tile in range(split, tiles, splits):
+        for tile in range(low, high):
             ptx.warp_sync()  # the stage that is filled next has been read by every lane
-            if np.int32(tile + (stages - 1) * splits) < tiles:
+            if np.int32(tile + (stages - 1)) < high:
                 copy_keys(k_gl, v_gl, np.int32(ring_sh + filling * (2 * half_stage)), np.int32(bits_sh + 4 * filling), lane,
-                          key < length and page < pages, page * k_page + slot * k_slot, page * v_page + slot * v_slot, real_units)
-                key = np.int32(key + stride)
-                page, slot = lookup(table_gl, batch, min(key, last), page_size)  # there by the next turn
+                          key < length and page_on < pages, page_on * k_page + slot_on * k_slot, page_on * v_page + slot_on * v_slot,
+                          real_units)
+                key = np.int32(key + tile_keys)
+                page_on, slot_on = lookup(table_gl, batch, min(key, last), page_size)  # there by the next turn
                 filling = zeroth if filling == last_stage else np.int32(filling + 1)
             ptx.cp_async_commit()
             wait_for_oldest()

@@ -68,7 +68,7 @@ def make(config: Config) -> Callable:
         splits, kind = np.int32(cuda.gridDim.x), kinds >> 2
         token, head = row_of(row, kv_head, group)
         length = np.int32(ptx.ld_global_32(np.int64(lengths_gl) + 4 * batch))
-        length, start, tiles = key_range(length, capacity, new, window)
+        length, start, low, high = key_range(length, capacity, new, window, split, splits)
         position = length - new + token
         value_scale = one
         if k_scale_gl != 0:
@@ -94,7 +94,7 @@ def make(config: Config) -> Callable:
                 else:
                     q[i] = scale * load_bf16(np.int64(q_gl) + 2 * element)
         highest, total = lowest, zero
-        for tile in range(split, tiles, splits):
+        for tile in range(low, high):
             for u in range(KEYS):
                 key = start + tile * tile_keys + warp * KEYS + u
                 page, slot, seen = batch, np.int64(key), key < length and key <= position and (window < 0 or key >= position - window)
