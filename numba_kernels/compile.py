@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,43 +88,54 @@ def cubins(spec: Spec, arches: Sequence[str]) -> list[Cubin]:
 def compile_spec(spec: Spec, arches: Sequence[str]) -> Iterator[Cubin]:
     """Compiles without looking at the disk cache.
 
-    Numba takes four times as long as the linker. LTO-IR of a first architecture without a suffix is linked for those after it, which gives
-    the same cubins byte for byte, unless a PTX text depends on the architecture.
+    Numba takes four times as long as the linker. LTO-IR of one architecture is linked for those after it, which gives the same machine code
+    byte for byte, up to where a PTX text would be another.
     """
-    shared = None
+    until = 0.0
     for arch in arches:
-        ltoir, general = (shared, True) if shared else _lto_ir(spec, arch)
-        shared = ltoir if general and arch[-1].isdigit() else None
+        major, minor, suffix = re.fullmatch(r"sm_(\d+)(\d)([af]?)", arch).groups()
+        if int(major + minor) >= until:
+            ltoir, until = _lto_ir(spec, int(major), int(minor), suffix if spec.only else "")
         yield _link(spec, ltoir, arch)
 
 
-def _lto_ir(spec: Spec, arch: str) -> tuple[bytes, bool]:
-    """(LTO-IR, whether it serves later architectures too)."""
+@functools.cache
+def compiler_problem() -> str | None:
+    """Why kernels cannot be compiled here and what to do, or None. The libraries may be pip's or a CUDA toolkit's; no GPU is needed."""
     try:
+        import_module("numba.cuda")
         from cuda.pathfinder import load_nvidia_dynamic_lib
         for library in ("nvvm", "nvJitLink", "nvrtc"):
             load_nvidia_dynamic_lib(library)
-        from numba import cuda
-        from numba.cuda import dispatcher, types
     except (ImportError, RuntimeError) as error:
-        raise RuntimeError(f"compiling {spec.name}: the CUDA compiler libraries are missing, pip install \"ftops[cu13]\" "
-                           f"(or [cu12] for a CUDA 12 driver): {error}") from error
+        return ("the CUDA compiler libraries are missing: pip install 'ftops[cu13]' (or [cu12] for a CUDA 12 driver); "
+                f"{str(error).strip().splitlines()[0]}")
+    return None
+
+
+def _lto_ir(spec: Spec, major: int, minor: int, suffix: str) -> tuple[bytes, float]:
+    """(LTO-IR, the capability up to which it serves)."""
+    problem = compiler_problem()
+    if problem:
+        raise RuntimeError(f"compiling {spec.name}: {problem}")
+    from numba import cuda
+    from numba.cuda import dispatcher, types
+
     from ftops.numba_kernels import ptx
     letters = {"p": types.uint64, "i": types.int32, "u": types.uint32, "l": types.int64, "f": types.float32,
                "t": types.CPointer(types.UniTuple(types.uint64, 16))}
-    capability = re.fullmatch(r"sm_(\d+)(\d)([af]?)", arch).groups()
-    cc = (int(capability[0]), int(capability[1]), *([capability[2]] if capability[2] else []))
     with _LOCK:
         # Numba asks the current device for its capability when it meets a nested device function; here the target answers.
         ask = dispatcher.get_current_device
-        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc[:2])
-        ptx.asked_for_target.clear()
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=(major, minor))
+        ptx.text_ends.clear()
         try:
             ltoir, _ = cuda.compile(spec.make(spec.config), types.void(*(letters[c] for c in spec.signature)), device=False, abi="numba",
-                                    cc=cc, launch_bounds=(spec.threads, spec.min_blocks), output="ltoir")
+                                    cc=(major, minor, suffix) if suffix else (major, minor), output="ltoir",
+                                    launch_bounds=(spec.threads, spec.min_blocks))
         finally:
             dispatcher.get_current_device = ask
-        return bytes(ltoir), not ptx.asked_for_target
+        return bytes(ltoir), min(ptx.text_ends, default=float("inf"))
 
 
 def _link(spec: Spec, ltoir: bytes, arch: str) -> Cubin:

@@ -23,14 +23,14 @@ from numba.cuda.typing import signature
 _OPERAND = {"r": (ir.IntType(32), types.uint32), "l": (ir.IntType(64), types.uint64), "f": (ir.FloatType(), types.float32)}
 
 
-asked_for_target: list[int] = []  # what _target_capability has answered since compile.py emptied this: such code is for one architecture
+text_ends: list[int] = []  # capabilities from which a text chosen since compile.py emptied this would be another
 
 
-def _target_capability() -> int:
-    """90 while code for sm_90 is generated. The target, not the device: compiling needs no GPU."""
+def _text_for_target(texts: dict[int, str]) -> str:
+    """The text of the architecture that code is generated for. The target, not the device: compiling needs no GPU."""
     major, minor = ConfigStack().top().compute_capability[:2]
-    asked_for_target.append(10 * major + minor)
-    return asked_for_target[-1]
+    text_ends.extend(since for since in texts if since > 10 * major + minor)
+    return texts[max(since for since in texts if since <= 10 * major + minor)]
 
 
 def _as_intrinsic(name: str, params: list[str], codegen: Callable, result: types.Type) -> Callable:
@@ -54,7 +54,7 @@ def ptx(name: str, asm: str | dict[int, str], outs: str = "", ins: str = "", pur
 
     def codegen(context, builder, sig, args):
         values = [context.cast(builder, a, t, _OPERAND[c][1]) for a, t, c in zip(args, sig.args, ins, strict=True)]
-        text = asm if isinstance(asm, str) else asm[max(since for since in asm if since <= _target_capability())]
+        text = asm if isinstance(asm, str) else _text_for_target(asm)
         function = ir.InlineAsm(ir.FunctionType(result_ir, [_OPERAND[c][0] for c in ins]), text, constraints, side_effect=not pure)
         call = builder.call(function, values)
         if not outs:

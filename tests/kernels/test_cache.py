@@ -159,7 +159,7 @@ def test_a_changed_helper_changes_the_kernels_that_inline_it(copied_kernels):
     helper.write_text(helper.read_text() + "\n# changed\n")
     after = digests(copied_kernels)
     changed = {name for name in before if before[name] != after[name]}
-    assert {"rows", "row_tile", "rms_norm", "layer_norm", "rotary", "bias_activation", "attention_plain"} <= changed
+    assert {"rows", "row_tile", "rms_norm", "layer_norm", "rotary", "bias_activation"} <= changed
     assert not {"ptx", "compile", "launch", "activation"} & changed
 
 
@@ -218,6 +218,10 @@ def test_missing_compiler_library_is_named(folder, monkeypatch, library):
         return original(name)
 
     monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", load)
-    with pytest.raises(RuntimeError, match=rf"tiny.*libraries are missing.*ftops\[cu13\].*{library}"):
-        cubin(SPEC, ARCH)
+    compile.compiler_problem.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=rf"tiny.*libraries are missing.*ftops\[cu13\].*{library}"):
+            cubin(SPEC, ARCH)
+    finally:
+        compile.compiler_problem.cache_clear()
     assert not folder.exists()
