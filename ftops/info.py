@@ -9,14 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ftops import __version__
-from ftops.ops import OPS, kernel_cache, kernel_file
+from ftops.ops import OPS, compiler_problem, kernel_cache, kernel_file
 
 # Several names: the wheels of CUDA 12 carry it as a suffix.
 PACKAGES = (
     ("transformers",), ("accelerate",), ("numpy",), ("numba",), ("numba-cuda",), ("cuda-bindings",),
     ("nvidia-nvvm", "nvidia-cuda-nvcc-cu12"), ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12"),
 )
-COMPILER = ("numba-cuda", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink")
 OLDEST = (8, 0)
 
 
@@ -41,9 +40,9 @@ def missing_for_gpu() -> list[str]:
     elif torch.cuda.get_device_capability() < OLDEST:
         missing.append(f"{torch.cuda.get_device_name()} has compute capability {_dotted(torch.cuda.get_device_capability())}; "
                        f"the kernels need {_dotted(OLDEST)}")
-    absent = [names[0] for names in PACKAGES if names[0] in COMPILER and installed(*names) is None]
-    if absent:
-        missing.append(f"the kernel compiler lacks {', '.join(absent)}: pip install 'ftops[cu13]' (or [cu12] for a CUDA 12 driver)")
+    problem = compiler_problem()
+    if problem:
+        missing.append(problem)
     return missing
 
 
@@ -62,8 +61,10 @@ def show(console: Console) -> None:
         console.print(table)
     else:
         console.print("GPUs: none found. The CPU is used: every op runs on PyTorch there, with the same results.")
+    if missing:
+        console.print("The kernels cannot run here:")
     for sentence in missing:
-        console.print(f"Missing: {sentence}", soft_wrap=True, markup=False)  # "[cu13]" is no style
+        console.print(f"* {sentence}", soft_wrap=True, markup=False)  # "[cu13]" is no style
 
     folder = kernel_cache()
     kernels = list(folder.glob("*.cubin")) if folder.is_dir() else []

@@ -39,6 +39,12 @@ def kernel_cache() -> Path:
     return cache_folder()
 
 
+def compiler_problem() -> str | None:
+    """Why kernels cannot be compiled here and what to do about it, or None."""
+    from ftops.numba_kernels.compile import compiler_problem
+    return compiler_problem()
+
+
 # The function takes the place of its module as an attribute of this package, as in `ftops.ops.rms_norm(...)`.
 for _name in OPS:
     globals()[_name] = getattr(op_module(_name), _name)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda import pathfinder
 
 from ftops import info
 from ftops.cli import main
+from ftops.numba_kernels import compile
 from ftops.ops import OPS
 
 
@@ -18,7 +20,7 @@ def test_without_a_gpu_it_says_what_is_missing_and_what_is_used(capsys):
     assert main(["info"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "The CPU is used" in shown
-    assert "Missing: PyTorch" in shown
+    assert "The kernels cannot run here: * PyTorch" in shown
     assert torch.__version__ in shown
     for op in OPS:
         assert f"│ {op} │" in shown
@@ -33,10 +35,17 @@ def test_a_narrow_terminal_cuts_nothing_off(capsys, monkeypatch):
 
 
 def test_it_names_a_missing_compiler(monkeypatch, capsys):
-    """A machine without the CUDA compiler wheels is told which extra to install."""
-    monkeypatch.setattr(info, "installed", lambda *names: None if "nvidia-nvjitlink" in names else "1.0")
-    assert main(["info"]) == 0
-    assert "lacks nvidia-nvjitlink: pip install 'ftops[cu13]' (or [cu12] " in capsys.readouterr().out
+    """A machine without the CUDA compiler is told which extra to install."""
+    def absent(library: str) -> None:
+        raise pathfinder.DynamicLibNotFoundError(f"no lib{library}.so")
+
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", absent)
+    compile.compiler_problem.cache_clear()
+    try:
+        assert main(["info"]) == 0
+    finally:
+        compile.compiler_problem.cache_clear()
+    assert "libraries are missing: pip install 'ftops[cu13]' (or [cu12] " in capsys.readouterr().out
 
 
 def test_the_cuda_12_wheels_count(monkeypatch):
