@@ -99,22 +99,18 @@ def make(config: Config) -> Callable:
             # The mean of the first tile is near enough to centre all: its error squared is at most length / tile of the variance.
             gather(x_at, residual_at, np.uint64(0), 0, within(remains), words)
             mean = total(add_up(words)) * np.float32(1 / tile)
-            done, rest, square = np.int64(0), np.float32(0), np.float32(0)
-            while done < remains:
+            rest, square = np.float32(0), np.float32(0)
+            for done in range(0, remains, tile):
                 gather(x_at, residual_at, sum_at, done, within(remains - done), words)
                 more_rest, more_square = moments(words, within(remains - done), mean)
                 rest += more_rest
                 square += more_square
-                done += tile
             mean, scale, shift = scale_of(rest, square, mean, over_length, eps)
-            done -= tile
-            while done >= 0:  # backwards: the last tile is still in registers, those before it in the nearest cache
+            for done in range(0, remains, tile):
                 left, ahead = within(remains - done), np.uint64(done * item)
-                if done + tile < remains:
-                    gather(x_at, residual_at, np.uint64(0), done, left, words)
+                gather(x_at, residual_at, np.uint64(0), done, left, words)
                 scatter(y_at + ahead, weight_at + ahead, left if weight_gl != np.uint64(0) else np.int32(0), bias_at + ahead,
                         left if bias_gl != np.uint64(0) else np.int32(0), left, words, mean, scale, shift, unit)
-                done -= tile
         else:
             left = within(remains)
             weight_left = left if weight_gl != np.uint64(0) else np.int32(0)

@@ -63,19 +63,16 @@ def make(config: Config) -> Callable:
         words = cuda.local.array(kept, np.uint32)
         weights = cuda.local.array(kept, np.uint32)
         if reread:
-            done, square = np.int64(0), np.float32(0)
-            while done < remains:
+            square = np.float32(0)
+            for done in range(0, remains, tile):
                 gather(x_at, residual_at, sum_at, done, within(remains - done), words)
                 square += squares(words)
-                done += tile
             scale = rsqrt(ptx.fma(total(square), over_length, eps))
-            done -= tile
-            while done >= 0:  # backwards: the last tile is still in registers, those before it in the nearest cache
-                if done + tile < remains:
-                    gather(x_at, residual_at, np.uint64(0), done, within(remains - done), words)
-                fetch(weight_at + np.uint64(done * item), within(remains - done), weights)
-                scatter(y_at + np.uint64(done * item), within(remains - done), words, weights, scale, offset)
-                done -= tile
+            for done in range(0, remains, tile):
+                left, ahead = within(remains - done), np.uint64(done * item)
+                gather(x_at, residual_at, np.uint64(0), done, left, words)
+                fetch(weight_at + ahead, left, weights)
+                scatter(y_at + ahead, left, words, weights, scale, offset)
         else:
             left = within(remains)
             if rows <= FEW_ROWS:
