@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ftops.numba_kernels import attention_mma, attention_plain
+from ftops.numba_kernels import attention_mma, attention_plain, attention_sm90
 from ftops.numba_kernels.attention_common import UNBOUNDED
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, empty_like, load
@@ -20,8 +20,14 @@ NO_STRIDES = (0, 0, 0)
 
 def variants() -> Iterator[Spec]:
     """Every variant that `launch` can ask for."""
+    yield from attention_sm90.variants()
     yield from attention_mma.variants()
     yield from attention_plain.variants()
+
+
+@functools.cache
+def _hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache
@@ -60,13 +66,18 @@ def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int, queri
         left = left if 0 <= left < UNBOUNDED else UNBOUNDED
         right = 0 if causal else right if 0 <= right < UNBOUNDED else UNBOUNDED
         extras = softcap > 0 or bias is not None or alibi_slopes is not None or scale <= 0
-        kernel, rows = _kernel(q.dtype, dim, extras, q.device.index)
-        tiles = -(-queries // rows)
         alibi_slopes, lengths = _dense(alibi_slopes), _dense(lengths)
         starts_q, starts_kv = _dense(starts_q), _dense(starts_kv)
         packed = starts_q is not None
         bias = bias if bias is None else _readable_bias(bias)
         bias_strides = NO_STRIDES if bias is None else _byte_strides(bias, False)
+        if q.dtype is not torch.float32 and _hopper(q.device.index):
+            kernel = attention_sm90.kernel(q.dtype, dim, extras, q.device.index)
+            attention_sm90.start(kernel, q, k, v, out, batch, queries, keys, scale, left, right, softcap, bias, bias_strides, alibi_slopes,
+                                 lengths, starts_q, starts_kv)
+            return out if dim == wanted_dim else out[..., :wanted_dim].contiguous()
+        kernel, rows = _kernel(q.dtype, dim, extras, q.device.index)
+        tiles = -(-queries // rows)
         kernel(tiles * heads * batch, 1, 1, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), _address(bias),
                _address(alibi_slopes), _address(lengths), _address(starts_q), _address(starts_kv), *_byte_strides(q, packed),
                *_byte_strides(k, packed), *_byte_strides(v, packed), *bias_strides, queries, keys, heads, heads // k.shape[2], dim, tiles,

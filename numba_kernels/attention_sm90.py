@@ -1,8 +1,8 @@
 """attention and attention_varlen on Hopper (sm_90a), float16 and bfloat16: FlashAttention-3 in Numba.
 
 Persistent blocks of one producer warp (attention_sm90_load.py) and two or three consumer warpgroups of 64 query rows each
-(attention_sm90_math.py). S_i = Q K_i^T is started before O += P_(i-1) V_(i-1) is done, and the consumers take turns at the tensor cores, so that
-the softmax of one runs under the products of another. Keys are walked from the last tile that the rows see to the first.
+(attention_sm90_math.py). S_i = Q K_i^T is started before O += P_(i-1) V_(i-1) is done, and the consumers take turns at the tensor cores, so
+that the softmax of one runs under the products of another. Keys are walked from the last tile that the rows see to the first.
 Floors, predictions and measurements: docs/tuning/attention_sm90.md.
 Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", 2024.
 """
@@ -27,16 +27,16 @@ from ftops.numba_kernels.rows import DTYPE_NAME
 from ftops.numba_kernels.tma import tiles as tiles_of
 
 LOG2E = np.float32(1.4426950408889634)
-# Tensor maps of q, k, v; out, bias, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_kv, counters (0 = not given); strides in bytes of bias
-# (batch, head, row); Sq, Skv, heads, query heads a kv head, head_dim, batch, tiles a sequence, pairs of sequence and head a section, window
-# left and right, bias is float32; scale, softcap.
+# Tensor maps of q, k, v; out, bias, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_kv, counters (0 = not given); strides in bytes of
+# bias (batch, head, row); Sq, Skv, heads, query heads a kv head, head_dim, batch, tiles a sequence, pairs of sequence and head a section,
+# window left and right, bias is float32; scale, softcap.
 SIGNATURE = "ttt" + "ppppppp" + "lll" + "iiiiiiiiiii" + "ff"
 _SECTION_BYTES = 32 << 20  # keys and values that stay in an L2 of 50 MB while all their query rows pass
 
 
 def make(config: Config) -> Callable:
-    head_dim, extras, consumers, keys, stages, q_stages, turns = (
-        config.head_dim, config.extras, config.consumers, config.keys, config.stages, config.q_stages, config.turns)
+    head_dim, extras, consumers, keys, stages, q_stages, turns, under = (
+        config.head_dim, config.extras, config.consumers, config.keys, config.stages, config.q_stages, config.turns, config.under)
     q_bytes, tile_bytes = np.uint32(config.q_bytes), np.uint32(config.tile_bytes)
     k_at, v_at, info_at = np.uint32(config.k_at), np.uint32(config.v_at), np.uint32(config.info_at)
     q_full, q_empty = np.uint32(config.q_full), np.uint32(config.q_empty)
@@ -46,7 +46,7 @@ def make(config: Config) -> Callable:
     # Registers of a producer's and of a consumer's thread: what the block was launched with, 504 or 512 a lane of four or three warpgroups.
     give, take = (ptx.SETMAXNREG["dec", 40], ptx.SETMAXNREG["inc", 232]) if consumers == 2 else (ptx.SETMAXNREG["dec", 32],
                                                                                                   ptx.SETMAXNREG["inc", 160])
-    wait_0 = ptx.WGMMA_WAIT[0]
+    wait_0, wait_1 = ptx.WGMMA_WAIT[0], ptx.WGMMA_WAIT[1]
     row_major, column_major, scores, accumulate, accumulate_under = make_products(config)
     highest, softmax, rescale, pack = make_softmax(config)
     hide = make_hide(keys, 1)
@@ -55,8 +55,9 @@ def make(config: Config) -> Callable:
     store = make_store(config)
     produce = make_produce(config)
 
-    def attention_sm90(q_map, k_map, v_map, out_gl, bias_gl, alibi_gl, lengths_gl, starts_q_gl, starts_kv_gl, counters_gl, bias_batch, bias_head,
-                       bias_row, queries, keys_there, heads, group, dim, batches, tiles, section, left, right, bias_wide, scale, softcap):
+    def attention_sm90(q_map, k_map, v_map, out_gl, bias_gl, alibi_gl, lengths_gl, starts_q_gl, starts_kv_gl, counters_gl,
+                       bias_batch, bias_head, bias_row, queries, keys_there, heads, group, dim, batches, tiles, section, left, right,
+                       bias_wide, scale, softcap):
         base = np.uint32((ptx.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00))
         thread = np.uint32(cuda.threadIdx.x)
         q_tensor, k_tensor, v_tensor = ptx.tensor_map(q_map), ptx.tensor_map(k_map), ptx.tensor_map(v_map)
@@ -83,7 +84,7 @@ def make(config: Config) -> Callable:
             return
 
         take()
-        mine = np.uint32((thread >> np.uint32(7)) - np.uint32(1))
+        mine = np.uint32(ptx.uniform(thread >> np.uint32(7)) - np.uint32(1))
         first_mine = np.int32(np.int32(64) * np.int32(mine))
         leader = thread & np.uint32(127) == np.uint32(0)
         my_turn = np.uint32(mine + np.uint32(1))
@@ -103,7 +104,7 @@ def make(config: Config) -> Callable:
         if turns and mine == np.uint32(consumers - 1):
             ptx.bar_arrive(next_turn, both)
         while True:
-            q_slot = np.uint32(turn & np.uint32(q_stages - 1))
+            q_slot = np.uint32(ptx.uniform(turn) & np.uint32(q_stages - 1))
             ptx.mbarrier_wait(base + q_full + np.uint32(8) * q_slot, (turn >> q_shift) & np.uint32(1))
             info = np.uint32(base + info_at + np.uint32(INFO_BYTES) * (turn & np.uint32(INFO_SLOTS - 1)))
             count, first_key, first_position, rows_left = ptx.ld_shared_128(info)
@@ -152,7 +153,8 @@ def make(config: Config) -> Callable:
                 ptx.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
                 if turns:
                     ptx.bar_sync(my_turn, both)
-                scores(score, row_major(base + q_slot * q_bytes + mine * np.uint32(8192)), row_major(base + k_at + slot * tile_bytes))
+                scores(score, row_major(base + q_slot * q_bytes + mine * np.uint32(8192)),
+                       row_major(base + k_at + ptx.uniform(slot) * tile_bytes))
                 if turns:
                     ptx.bar_arrive(next_turn, both)
                 wait_0()
@@ -179,11 +181,18 @@ def make(config: Config) -> Callable:
                     ptx.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
                     if turns:
                         ptx.bar_sync(my_turn, both)
-                    scores(score, row_major(base + q_slot * q_bytes + mine * np.uint32(8192)), row_major(base + k_at + slot * tile_bytes))
-                    if turns == 2:
+                    scores(score, row_major(base + q_slot * q_bytes + mine * np.uint32(8192)),
+                           row_major(base + k_at + ptx.uniform(slot) * tile_bytes))
+                    if under and turns:
                         ptx.bar_arrive(next_turn, both)
                     rescale(out, r0, r1)
-                    wait_0()
+                    if under:
+                        wait_0()
+                    else:
+                        accumulate(out, prob, column_major(base + v_at + ptx.uniform(before) * tile_bytes))
+                        if turns:
+                            ptx.bar_arrive(next_turn, both)
+                        wait_1()
                     if leader:
                         ptx.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
                     if extras:
@@ -192,9 +201,10 @@ def make(config: Config) -> Callable:
                     if key + np.int32(keys) > whole_end or key < whole_begin:
                         hide(score, key, np.int32(ptx.ld_shared_32(info + np.uint32(8))) - np.int32(64), left, right,
                              np.int32(ptx.ld_shared_32(info + np.uint32(16))))
-                    high_0, high_1 = accumulate_under(out, prob, column_major(base + v_at + before * tile_bytes), score)
-                    if turns == 1:
-                        ptx.bar_arrive(next_turn, both)
+                    if under:
+                        high_0, high_1 = accumulate_under(out, prob, column_major(base + v_at + ptx.uniform(before) * tile_bytes), score)
+                    else:
+                        high_0, high_1 = highest(score)
                     r0, r1 = softmax(score, high_0, high_1, top, total, factor)
                     # V_i is waited for here, long before its product: the loop of this wait keeps the assembler from moving the softmax
                     # below the wait for P V, which runs meanwhile.
@@ -210,7 +220,7 @@ def make(config: Config) -> Callable:
                 if leader:
                     ptx.mbarrier_arrive(base + q_empty + np.uint32(8) * q_slot)
                 rescale(out, r0, r1)
-                accumulate(out, prob, column_major(base + v_at + before * tile_bytes))
+                accumulate(out, prob, column_major(base + v_at + ptx.uniform(before) * tile_bytes))
                 wait_0()
                 if leader:
                     ptx.mbarrier_arrive(base + v_empty + np.uint32(8) * before)
@@ -219,7 +229,8 @@ def make(config: Config) -> Callable:
             _, out_row, head, _ = ptx.ld_shared_128(info + np.uint32(16))
             warp_row = np.int32((ptx.here(np.uint32(cuda.threadIdx.x)) >> np.uint32(5)) - np.uint32(4)) * np.int32(16)
             row_bytes = np.uint64(heads) * np.uint64(2 * dim)
-            store(out, total, out_gl + (np.uint64(out_row) + np.uint64(warp_row)) * row_bytes + np.uint64(head) * np.uint64(2 * dim), row_bytes,
+            out_row = np.uint64(out_row) + np.uint64(warp_row)
+            store(out, total, out_gl + out_row * row_bytes + np.uint64(head) * np.uint64(2 * dim), row_bytes,
                   np.int32(np.int32(ptx.ld_shared_32(info + np.uint32(12))) - warp_row), dim)
             turn = np.uint32(turn + np.uint32(1))
         if turns and mine == np.uint32(0):
@@ -245,19 +256,22 @@ def kernel(dtype: torch.dtype, dim: int, extras: bool, device: int) -> Kernel:
     return load(spec(pick(DTYPE_NAME[dtype], next(d for d in HEAD_DIMS if d >= dim), extras)), device)
 
 
-def launch(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, batch: int, queries: int, keys: int, scale: float,
-           left: int, right: int, softcap: float, bias: torch.Tensor | None, bias_strides: tuple[int, ...], alibi_slopes: torch.Tensor | None,
-           lengths: torch.Tensor | None, starts_q: torch.Tensor | None, starts_kv: torch.Tensor | None) -> None:
-    """As attention.py has it: 16-byte aligned q, k, v[rows of batch, sequence, heads, dim], nothing empty, window ends at most UNBOUNDED."""
+def start(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, batch: int, queries: int, keys: int,
+          scale: float, left: int, right: int, softcap: float, bias: torch.Tensor | None, bias_strides: tuple[int, ...],
+          alibi_slopes: torch.Tensor | None, lengths: torch.Tensor | None, starts_q: torch.Tensor | None,
+          starts_kv: torch.Tensor | None) -> None:
+    """As attention.py has it: 16-byte aligned q, k, v[rows of batch, sequence, heads, dim], nothing empty, window ends <= UNBOUNDED."""
     config, device = kernel.spec.config, q.device.index
+    q, k, v = _own(q), _own(k), _own(v)
     _, _, heads, dim = q.shape
     tiles, pairs, group = -(-queries // config.rows), batch * heads, heads // k.shape[2]
     blocks = min(multiprocessors(device), tiles * pairs)
     alike = right >= keys and lengths is None and starts_q is None
     section = group if alike else min(pairs, group * max(1, _SECTION_BYTES // (4 * keys * dim)))
     counters = 0 if alike or blocks == tiles * pairs else _counters(device).data_ptr()
-    kernel(blocks, 1, 1, _map(q, config.rows), _map(k, config.keys), _map(v, config.keys), out.data_ptr(), _address(bias), _address(alibi_slopes),
-           _address(lengths), _address(starts_q), _address(starts_kv), counters, *bias_strides, queries, keys, heads, group, dim, batch, tiles,
+    kernel(blocks, 1, 1, _map(q, config.rows), _map(k, config.keys), _map(v, config.keys), out.data_ptr(), _address(bias),
+           _address(alibi_slopes), _address(lengths), _address(starts_q), _address(starts_kv), counters, *bias_strides, queries, keys,
+           heads, group, dim, batch, tiles,
            section, left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
 
 
@@ -273,6 +287,11 @@ def _counters(device: int) -> torch.Tensor:
 
 
 _COUNTERS: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def _own(t: torch.Tensor) -> torch.Tensor:
+    """t, copied where elements share memory: a dimension of a tensor map has a stride."""
+    return t.contiguous() if any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape, strict=True)) else t
 
 
 def _map(t: torch.Tensor, rows: int) -> bytes:

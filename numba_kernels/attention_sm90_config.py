@@ -10,8 +10,9 @@ INFO_BYTES, INFO_SLOTS = 48, 4
 
 @dataclass(frozen=True)
 class Config:
-    """head_dim: padded; extras: softcap, bias, ALiBi or a scale that is not positive; consumers: warpgroups of 64 query rows; keys: rows of a
-    K or V tile; stages: K and V tiles in shared memory, of each; q_stages: tiles of Q, 1 or 2; turns: consumers take turns at the tensor cores.
+    """head_dim: padded; extras: softcap, bias, ALiBi or a scale that is not positive; consumers: warpgroups of 64 query rows; keys: rows
+    of a K or V tile; stages: K and V tiles in shared memory, of each; q_stages: tiles of Q, 1 or 2; turns: consumers take turns at the
+    tensor cores; under: P V is started piecemeal between the instructions of the next softmax, not ahead of it.
     """
 
     dtype: str
@@ -21,7 +22,8 @@ class Config:
     keys: int
     stages: int
     q_stages: int
-    turns: int
+    turns: bool
+    under: bool
 
     @property
     def rows(self) -> int:
@@ -89,17 +91,17 @@ class Config:
 
 
 def pick(dtype: str, head_dim: int, extras: bool) -> Config:
-    consumers, keys, stages, q_stages, turns = (_EXTRA_TILES if extras else _TILES)[head_dim]
-    return Config(dtype, head_dim, extras, consumers, keys, stages, q_stages, turns)
+    return Config(dtype, head_dim, extras, *(_EXTRA_TILES if extras else _TILES)[head_dim])
 
 
+# consumers, keys, stages, q_stages, turns, under
 _TILES = {
-    64: (3, 128, 2, 1, 1),
-    80: (2, 128, 2, 1, 1),
-    96: (2, 128, 2, 1, 1),
-    128: (2, 160, 2, 1, 1),
-    192: (2, 112, 2, 1, 0),
-    256: (2, 80, 2, 1, 0),
+    64: (3, 128, 2, 1, False, True),
+    80: (2, 128, 2, 1, True, False),
+    96: (2, 128, 2, 1, True, False),
+    128: (2, 160, 2, 1, True, False),
+    192: (2, 112, 2, 1, False, False),
+    256: (2, 80, 2, 1, False, False),
 }
 # The most keys whose scores and bias fit the registers.
-_EXTRA_TILES = {head_dim: (2, 64, 2, 1, 1 if head_dim <= 128 else 0) for head_dim in HEAD_DIMS[:-1]} | {256: (2, 48, 2, 1, 0)}
+_EXTRA_TILES = {head_dim: (2, 64, 2, 1, head_dim <= 128, False) for head_dim in HEAD_DIMS[:-1]} | {256: (2, 48, 2, 1, False, False)}

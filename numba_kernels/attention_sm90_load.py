@@ -20,7 +20,7 @@ NOTHING = np.uint32(0xFFFFFFFF)
 def dense_tile(index, tiles, heads, pairs, section):
     """(batch, head, tile from the last) of `pairs` sequences and heads with `tiles` tiles each; batch NOTHING past the end.
 
-    Sections of `section` pairs, whose keys and values stay in L2, are finished one after the other, and within one the longest tiles come first.
+    Sections of `section` pairs, whose keys and values stay in L2, are finished one after the other, in each the longest tiles first.
     """
     first = np.uint32(ptx.div_u32(index, tiles * section) * section)
     if first >= pairs:
@@ -34,8 +34,8 @@ def dense_tile(index, tiles, heads, pairs, section):
 
 
 def make_packed_tile(rows: int) -> Callable:
-    """packed_tile(index, heads, batches, starts_gl, base, before) -> (batch, head, tile from the last, base, before) where sequences lie end to
-    end. A warp looks at 32 sequences at a time, from `base` on, before which there are `before` tiles: indices must not fall.
+    """packed_tile(index, heads, batches, starts_gl, base, before) -> (batch, head, tile from the last, base, before), sequences lying end
+    to end. A warp looks at 32 sequences at a time, from `base` on, before which there are `before` tiles: indices must not fall.
     """
 
     @cuda.jit(device=True, forceinline=True)
@@ -141,13 +141,13 @@ def make_produce(config: Config) -> Callable:
                     while count != np.uint32(0) or behind:
                         if count != np.uint32(0):
                             ptx.mbarrier_wait(base + k_empty + np.uint32(8) * slot, phase)
-                            fetch(base + k_at + slot * tile_bytes, keys, base + k_full + np.uint32(8) * slot, tile_bytes, k_tensor, kv_head, key,
-                                  map_batch)
+                            fetch(base + k_at + slot * tile_bytes, keys, base + k_full + np.uint32(8) * slot, tile_bytes, k_tensor,
+                                  kv_head, key, map_batch)
                         if behind:
                             before = last if slot == np.uint32(0) else np.uint32(slot - np.uint32(1))
                             ptx.mbarrier_wait(base + v_empty + np.uint32(8) * before, phase ^ np.uint32(slot == np.uint32(0)))
-                            fetch(base + v_at + before * tile_bytes, keys, base + v_full + np.uint32(8) * before, tile_bytes, v_tensor, kv_head,
-                                  key + np.uint32(keys), map_batch)
+                            fetch(base + v_at + before * tile_bytes, keys, base + v_full + np.uint32(8) * before, tile_bytes, v_tensor,
+                                  kv_head, key + np.uint32(keys), map_batch)
                         if count != np.uint32(0):
                             phase = np.uint32(phase ^ np.uint32(slot == last))
                             slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
@@ -158,7 +158,8 @@ def make_produce(config: Config) -> Callable:
             turn = np.uint32(turn + np.uint32(1))
         # The last block to stop counting sets the counters back, for the launch that comes after this one in the stream.
         if lane == np.uint32(0) and counters_gl != np.uint64(0):
-            if ptx.atomic_inc_u32(counters_gl + np.uint64(4), blocks - np.uint32(1)) == blocks - np.uint32(1):
+            stopped = ptx.atomic_inc_u32(counters_gl + np.uint64(4), blocks - np.uint32(1))
+            if stopped == blocks - np.uint32(1):
                 ptx.st_global_32(counters_gl, np.uint32(0))
 
     return produce

@@ -1,7 +1,7 @@
 """What a consumer warpgroup of attention on Hopper computes: S = Q K^T, the online softmax, O += P V, and its 64 rows of the result.
 
-Tiles lie in shared memory as TMA writes them: 64-column chunks of 128-byte rows, 128-byte swizzle, one chunk after the other. A thread holds
-columns 8 j + 2 t, + 1 of rows g and g + 8 of its warp's 16 rows, for every j: registers 4 j .. 4 j + 3, lane = 4 g + t.
+Tiles lie in shared memory as TMA writes them: 64-column chunks of 128-byte rows, 128-byte swizzle, one chunk after the other. A thread
+holds columns 8 j + 2 t, + 1 of rows g and g + 8 of its warp's 16 rows, for every j: registers 4 j .. 4 j + 3, lane = 4 g + t.
 """
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
 
     @cuda.jit(device=True, forceinline=True)
     def accumulate_under(out, prob, v, score):
+        """accumulate, and each row's highest score of this thread, whose comparisons fill the time that issuing wgmma takes."""
         even_0, odd_0, even_1, odd_1 = score[0], score[1], score[2], score[3]
         ptx.wgmma_fence()
         for s in range(key_steps):
@@ -171,9 +172,9 @@ def make_clear(config: Config) -> Callable:
 
 
 def make_store(config: Config) -> Callable:
-    """store(out, total, out_gl, step, left, dim): a warp's 16 rows of O / total, rounded, to rows `step` bytes apart, the first `left` of them.
+    """store(out, total, out_gl, step, left, dim): the first `left` of a warp's 16 rows of O / total, rounded, to rows `step` bytes apart.
 
-    Lanes 2 i and 2 i + 1 trade the halves of two neighbouring 8-column tiles, so that the four lanes of a row write 32 bytes, a whole sector.
+    Lanes 2 i and 2 i + 1 trade halves of two neighbouring 8-column tiles, so that the four lanes of a row write 32 bytes, a whole sector.
     """
     pairs = config.head_dim // 16
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]

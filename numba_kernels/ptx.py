@@ -226,17 +226,20 @@ div_u32 = ptx("div_u32", "div.u32 $0, $1, $2;", "r", "rr", pure=True)
 
 # Warp shuffles and votes.
 warp_sync = ptx("warp_sync", "bar.warp.sync 0xffffffff;")
+# x of lane 0, which the assembler then knows to be one for the whole warp: what is derived from it goes through uniform registers.
+uniform = ptx("uniform", "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "r", "r")
 shuffle_index = ptx("shuffle_index", "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "r", "rr")
 ballot = ptx("ballot", "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }", "r", "r")
 shuffle_xor = {n: ptx(f"shuffle_xor_{n}", f"shfl.sync.bfly.b32 $0, $1, {n}, 0x1f, 0xffffffff;", "f", "f") for n in (1, 2, 4, 8, 16)}
 
 # Hopper (sm_90a): barriers in shared memory, the bulk tensor copy engine, and warpgroup matrix products.
 mbarrier_init = ptx("mbarrier_init", "mbarrier.init.shared::cta.b64 [$0], $1;", "", "rr")
-mbarrier_expect = ptx("mbarrier_expect", "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "rr")  # arrives, and announces bytes
+# Arrives, and announces $1 bytes.
+mbarrier_expect = ptx("mbarrier_expect", "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "rr")
 mbarrier_arrive = ptx("mbarrier_arrive", "mbarrier.arrive.shared::cta.b64 _, [$0];", "", "r")
 # Until the phase of parity $1 is complete. The braces give every inlined copy its own labels.
-mbarrier_wait = ptx("mbarrier_wait", "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra DONE; bra WAIT; DONE: }",
-                    "", "rr")
+mbarrier_wait = ptx("mbarrier_wait", "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra DONE; "
+                    "bra WAIT; DONE: }", "", "rr")
 atomic_add_u32 = ptx("atomic_add_u32", "atom.add.u32 $0, [$1], $2;", "r", "lr")  # the value before
 atomic_inc_u32 = ptx("atomic_inc_u32", "atom.acq_rel.gpu.inc.u32 $0, [$1], $2;", "r", "lr")  # the value before; wraps to 0 past $2
 fence_mbarrier_init = ptx("fence_mbarrier_init", "fence.mbarrier_init.release.cluster;")
@@ -244,9 +247,9 @@ fence_proxy_async = ptx("fence_proxy_async", "fence.proxy.async.shared::cta;")  
 bar_sync = ptx("bar_sync", "bar.sync $0, $1;", "", "rr")  # named barrier $0 of $1 threads
 bar_arrive = ptx("bar_arrive", "bar.arrive $0, $1;", "", "rr")
 prefetch_tensor_map = ptx("prefetch_tensor_map", "prefetch.tensormap [$0];", "", "l")
-# A box of map $1 at coordinates $3 .. $6, innermost first, to shared memory $0; mbarrier $2 counts its bytes. Out of bounds reads are zeros.
-tma_load_4d = ptx("tma_load_4d", "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1, {$3, $4, $5, $6}], [$2];",
-                  "", "rlrrrrr")
+# A box of map $1 at coordinates $3 .. $6, innermost first, to shared memory $0; mbarrier $2 counts its bytes. Out of bounds are zeros.
+tma_load_4d = ptx("tma_load_4d", "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                  "[$0], [$1, {$3, $4, $5, $6}], [$2];", "", "rlrrrrr")
 SETMAXNREG = {(way, n): ptx(f"setmaxnreg_{way}_{n}", f"setmaxnreg.{way}.sync.aligned.u32 {n};")
               for way, counts in (("dec", (24, 32, 40)), ("inc", (160, 232, 240))) for n in counts}
 wgmma_fence = ptx("wgmma_fence", "wgmma.fence.sync.aligned;")
@@ -260,8 +263,9 @@ def wgmma_shared(dtype: str, n: int) -> Callable:
     in shared memory, both K-major. acc: a thread's n / 2 float32, as in the PTX ISA, section "wgmma.mma_async.m64nNk16"."""
     registers = ", ".join(f"${i}" for i in range(n // 2))
     kind = _WGMMA_DTYPE[dtype]
-    return ptx_accumulate(f"wgmma_shared_{kind}_{n}", f"{{ .reg .pred p; setp.ne.b32 p, ${n + 2}, 0; wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}."
-                          f"{kind} {{{registers}}}, ${n}, ${n + 1}, p, 1, 1, 0, 0; }}", n // 2, "llr")
+    return ptx_accumulate(f"wgmma_shared_{kind}_{n}", f"{{ .reg .pred p; setp.ne.b32 p, ${n + 2}, 0; "
+                          f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{registers}}}, ${n}, ${n + 1}, p, 1, 1, 0, 0; }}",
+                          n // 2, "llr")
 
 
 def wgmma_registers(dtype: str, n: int) -> Callable:
@@ -269,8 +273,9 @@ def wgmma_registers(dtype: str, n: int) -> Callable:
     B[16 x n] in shared memory, N-major (n contiguous)."""
     registers = ", ".join(f"${i}" for i in range(n // 2))
     kind = _WGMMA_DTYPE[dtype]
-    return ptx_accumulate(f"wgmma_registers_{kind}_{n}", f"{{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}."
-                          f"{kind} {{{registers}}}, {{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, ${n + 4}, p, 1, 1, 1; }}", n // 2, "rrrrl")
+    return ptx_accumulate(f"wgmma_registers_{kind}_{n}", f"{{ .reg .pred p; setp.ne.b32 p, 1, 0; "
+                          f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{registers}}}, "
+                          f"{{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, ${n + 4}, p, 1, 1, 1; }}", n // 2, "rrrrl")
 
 
 class _ByValue(ArgumentAttributes):
@@ -282,8 +287,8 @@ class _ByValue(ArgumentAttributes):
 
 @intrinsic
 def tensor_map(typingctx, parameter):
-    """Address of a 128-byte tensor map that is a parameter of the kernel (letter t of a signature), a __grid_constant__. In the kernel itself
-    alone: the function that calls this gets all its parameters of that type passed by value."""
+    """Address of a 128-byte tensor map that is a parameter of the kernel (letter t of a signature), a __grid_constant__. In the kernel
+    itself alone: the function that calls this gets all its parameters of that type passed by value."""
     def codegen(context, builder, sig, args):
         function, module = builder.function, builder.module
         # Argument 0 is Numba's return value, which a kernel loses: what is left counts from 1, as NVVM does.

@@ -5,22 +5,18 @@ import functools
 
 import torch
 
-_LIMIT = 1 << 40  # of a stride, in bytes
-
 
 @functools.lru_cache(maxsize=4096)
-def tiles(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes | None:
-    """The 128 bytes of a map of 16-bit elements that copies boxes, innermost dimension first, into shared memory in 128-byte rows, swizzled.
+def tiles(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    """The 128 bytes of a map of 16-bit elements that copies boxes, innermost dimension first, to shared memory in 128-byte rows, swizzled.
 
-    strides, in elements, belong to all dimensions but the innermost, which is dense. Out of bounds reads give zeros. None where TMA cannot read
-    such a tensor: an address or a stride that is not a multiple of 16 bytes. Cached, since encoding costs the host several microseconds.
+    strides, in elements, belong to all dimensions but the innermost, which is dense. Addresses and strides are multiples of 16 bytes.
+    Out of bounds reads give zeros. Cached, since encoding costs the host several microseconds. Raises RuntimeError.
     """
     from cuda.bindings import driver
     kind = driver.CUtensorMapDataType
     # A dimension of size 1 may come with any stride; none is taken, so one that is valid serves.
     steps = [2 * step if size > 1 else 16 for step, size in zip(strides, shape[1:], strict=True)]
-    if address % 16 or any(step % 16 or not 0 <= step < _LIMIT for step in steps):
-        return None
     status, made = driver.cuTensorMapEncodeTiled(
         kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype is torch.bfloat16 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, len(shape), address,
         [driver.cuuint64_t(size) for size in shape], [driver.cuuint64_t(step) for step in steps], [driver.cuuint32_t(size) for size in box],
