@@ -53,7 +53,7 @@ def picked(name: str) -> Iterator[Spec]:
         yield from (append_kv.spec(append_kv.pick(dtype, cache, wide)) for dtype in DTYPES
                     for cache in (dtype, torch.int8, torch.float8_e4m3fn) for wide in (False, True))
     elif name == "attention":
-        yield from (attention_plain.spec(attention_plain.pick(dtype, dim)) for dtype in ITEM for dim in range(1, 257))
+        yield from (attention_plain.spec(attention_plain.pick(dim)) for dim in range(1, 257))
         for module in {sys.modules[spec.make.__module__] for spec in variants_of(name)} - {attention_plain}:
             yield from (module.spec(module.pick(dtype, next(d for d in module.HEAD_DIMS if d >= dim), extras))
                         for dtype in HALVES for dim in range(1, 257) for extras in (False, True))
