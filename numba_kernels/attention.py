@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from ftops.numba_kernels import attention_mma, attention_plain, attention_sm90
-from ftops.numba_kernels.attention_common import UNBOUNDED
+from ftops.numba_kernels.attention_common import UNBOUNDED, address
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, empty_like, load
 from ftops.numba_kernels.rows import DTYPE_NAME
@@ -78,8 +78,8 @@ def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int, queri
             return out if dim == wanted_dim else out[..., :wanted_dim].contiguous()
         kernel, rows = _kernel(q.dtype, dim, extras, q.device.index)
         tiles = -(-queries // rows)
-        kernel(tiles * heads * batch, 1, 1, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), _address(bias),
-               _address(alibi_slopes), _address(lengths), _address(starts_q), _address(starts_kv), *_byte_strides(q, packed),
+        kernel(tiles * heads * batch, 1, 1, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), address(bias),
+               address(alibi_slopes), address(lengths), address(starts_q), address(starts_kv), *_byte_strides(q, packed),
                *_byte_strides(k, packed), *_byte_strides(v, packed), *bias_strides, queries, keys, heads, heads // k.shape[2], dim, tiles,
                left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
     return out if dim == wanted_dim else out[..., :wanted_dim].contiguous()
@@ -116,10 +116,6 @@ def _byte_strides(t: torch.Tensor, packed: bool) -> tuple[int, int, int]:
     item = t.element_size()
     first, second, third, _ = t.stride()
     return 0 if packed else first * item, second * item, third * item
-
-
-def _address(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _dense(t: torch.Tensor | None) -> torch.Tensor | None:

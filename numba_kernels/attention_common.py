@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numba import cuda
 
 from ftops.numba_kernels import ptx
@@ -13,6 +14,10 @@ from ftops.numba_kernels import ptx
 # scale, softcap. Packed sequences have batch strides of 0.
 SIGNATURE = "ppppppppp" + "lllllllll" + "lll" + "iiiiiiiii" + "ff"
 UNBOUNDED = 1 << 30  # a window end beyond every key; positions +- it stay within int32
+
+
+def address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def make_locate(rows: int) -> Callable:

@@ -16,6 +16,8 @@ import torch
 from numba import cuda
 
 from ftops.numba_kernels import ptx
+from ftops.numba_kernels import ptx_sm90 as hopper
+from ftops.numba_kernels.attention_common import address
 from ftops.numba_kernels.attention_mma import make_shape_scores
 from ftops.numba_kernels.attention_sm90_config import CHUNK, HEAD_DIMS, INFO_BYTES, INFO_SLOTS, Config, pick
 from ftops.numba_kernels.attention_sm90_load import NOTHING, make_produce
@@ -44,9 +46,9 @@ def make(config: Config) -> Callable:
     score_size, out_size, prob_size = keys // 2, head_dim // 2, keys // 4
     last, q_shift, both = np.uint32(stages - 1), np.uint32(q_stages - 1), np.uint32(256)
     # Registers of a producer's and of a consumer's thread: what the block was launched with, 504 or 512 a lane of four or three warpgroups.
-    give, take = (ptx.SETMAXNREG["dec", 40], ptx.SETMAXNREG["inc", 232]) if consumers == 2 else (ptx.SETMAXNREG["dec", 32],
-                                                                                                  ptx.SETMAXNREG["inc", 160])
-    wait_0, wait_1 = ptx.WGMMA_WAIT[0], ptx.WGMMA_WAIT[1]
+    give, take = (hopper.SETMAXNREG["dec", 40], hopper.SETMAXNREG["inc", 232]) if consumers == 2 else (hopper.SETMAXNREG["dec", 32],
+                                                                                                  hopper.SETMAXNREG["inc", 160])
+    wait_0, wait_1 = hopper.WGMMA_WAIT[0], hopper.WGMMA_WAIT[1]
     row_major, column_major, scores, accumulate, accumulate_under = make_products(config)
     highest, softmax, rescale, pack = make_softmax(config)
     hide = make_hide(keys, 1)
@@ -60,20 +62,20 @@ def make(config: Config) -> Callable:
                        bias_wide, scale, softcap):
         base = np.uint32((ptx.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00))
         thread = np.uint32(cuda.threadIdx.x)
-        q_tensor, k_tensor, v_tensor = ptx.tensor_map(q_map), ptx.tensor_map(k_map), ptx.tensor_map(v_map)
+        q_tensor, k_tensor, v_tensor = hopper.tensor_map(q_map), hopper.tensor_map(k_map), hopper.tensor_map(v_map)
         if thread == np.uint32(0):
-            ptx.prefetch_tensor_map(q_tensor)
-            ptx.prefetch_tensor_map(k_tensor)
-            ptx.prefetch_tensor_map(v_tensor)
+            hopper.prefetch_tensor_map(q_tensor)
+            hopper.prefetch_tensor_map(k_tensor)
+            hopper.prefetch_tensor_map(v_tensor)
             for s in range(q_stages):
-                ptx.mbarrier_init(base + q_full + np.uint32(8 * s), np.uint32(1))
-                ptx.mbarrier_init(base + q_empty + np.uint32(8 * s), np.uint32(consumers))
+                hopper.mbarrier_init(base + q_full + np.uint32(8 * s), np.uint32(1))
+                hopper.mbarrier_init(base + q_empty + np.uint32(8 * s), np.uint32(consumers))
             for s in range(stages):
-                ptx.mbarrier_init(base + k_full + np.uint32(8 * s), np.uint32(1))
-                ptx.mbarrier_init(base + v_full + np.uint32(8 * s), np.uint32(1))
-                ptx.mbarrier_init(base + k_empty + np.uint32(8 * s), np.uint32(consumers))
-                ptx.mbarrier_init(base + v_empty + np.uint32(8 * s), np.uint32(consumers))
-            ptx.fence_mbarrier_init()
+                hopper.mbarrier_init(base + k_full + np.uint32(8 * s), np.uint32(1))
+                hopper.mbarrier_init(base + v_full + np.uint32(8 * s), np.uint32(1))
+                hopper.mbarrier_init(base + k_empty + np.uint32(8 * s), np.uint32(consumers))
+                hopper.mbarrier_init(base + v_empty + np.uint32(8 * s), np.uint32(consumers))
+            hopper.fence_mbarrier_init()
         cuda.syncthreads()
 
         if thread < np.uint32(128):
@@ -102,10 +104,10 @@ def make(config: Config) -> Callable:
         slot, phase, before = np.uint32(0), np.uint32(0), last
         turn = np.uint32(0)
         if turns and mine == np.uint32(consumers - 1):
-            ptx.bar_arrive(next_turn, both)
+            hopper.bar_arrive(next_turn, both)
         while True:
             q_slot = np.uint32(ptx.uniform(turn) & np.uint32(q_stages - 1))
-            ptx.mbarrier_wait(base + q_full + np.uint32(8) * q_slot, (turn >> q_shift) & np.uint32(1))
+            hopper.mbarrier_wait(base + q_full + np.uint32(8) * q_slot, (turn >> q_shift) & np.uint32(1))
             info = np.uint32(base + info_at + np.uint32(INFO_BYTES) * (turn & np.uint32(INFO_SLOTS - 1)))
             count, first_key, first_position, rows_left = ptx.ld_shared_128(info)
             if count == NOTHING:
@@ -138,28 +140,28 @@ def make(config: Config) -> Callable:
                 total[h] = np.float32(0)
 
             while waiting > np.int32(0) and key >= end:
-                ptx.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
+                hopper.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
                 if turns:
-                    ptx.bar_sync(my_turn, both)
-                    ptx.bar_arrive(next_turn, both)
-                ptx.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
+                    hopper.bar_sync(my_turn, both)
+                    hopper.bar_arrive(next_turn, both)
+                hopper.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
                 if leader:
-                    ptx.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
-                    ptx.mbarrier_arrive(base + v_empty + np.uint32(8) * slot)
+                    hopper.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
+                    hopper.mbarrier_arrive(base + v_empty + np.uint32(8) * slot)
                 phase = np.uint32(phase ^ np.uint32(slot == last))
                 slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
                 key, waiting, valid = np.int32(key - np.int32(keys)), np.int32(waiting - np.int32(1)), np.int32(keys)
             if waiting > np.int32(0):
-                ptx.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
+                hopper.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
                 if turns:
-                    ptx.bar_sync(my_turn, both)
+                    hopper.bar_sync(my_turn, both)
                 scores(score, row_major(base + q_slot * q_bytes + mine * np.uint32(8192)),
                        row_major(base + k_at + ptx.uniform(slot) * tile_bytes))
                 if turns:
-                    ptx.bar_arrive(next_turn, both)
+                    hopper.bar_arrive(next_turn, both)
                 wait_0()
                 if leader:
-                    ptx.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
+                    hopper.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
                 if extras:
                     shape_scores(score, key, first_row, tile_queries, tile_keys, scale, softcap, tile_bias_gl, bias_row, bias_wide, slope)
                 if key + np.int32(keys) > whole_end or key < whole_begin:
@@ -167,34 +169,34 @@ def make(config: Config) -> Callable:
                          np.int32(ptx.ld_shared_32(info + np.uint32(16))))
                 high_0, high_1 = highest(score)
                 r0, r1 = softmax(score, high_0, high_1, top, total, factor)
-                ptx.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
+                hopper.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
                 pack(prob, score)
                 if valid < np.int32(keys):
                     clear(base + v_at + slot * tile_bytes, valid)
-                    ptx.bar_sync(np.uint32(np.uint32(consumers + 1) + mine), np.uint32(128))
+                    hopper.bar_sync(np.uint32(np.uint32(consumers + 1) + mine), np.uint32(128))
                 before = slot
                 phase = np.uint32(phase ^ np.uint32(slot == last))
                 slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
                 waiting = np.int32(waiting - np.int32(1))
                 while waiting > np.int32(0):
                     key = np.int32(key - np.int32(keys))
-                    ptx.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
+                    hopper.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
                     if turns:
-                        ptx.bar_sync(my_turn, both)
+                        hopper.bar_sync(my_turn, both)
                     scores(score, row_major(base + q_slot * q_bytes + mine * np.uint32(8192)),
                            row_major(base + k_at + ptx.uniform(slot) * tile_bytes))
                     if under and turns:
-                        ptx.bar_arrive(next_turn, both)
+                        hopper.bar_arrive(next_turn, both)
                     rescale(out, r0, r1)
                     if under:
                         wait_0()
                     else:
                         accumulate(out, prob, column_major(base + v_at + ptx.uniform(before) * tile_bytes))
                         if turns:
-                            ptx.bar_arrive(next_turn, both)
+                            hopper.bar_arrive(next_turn, both)
                         wait_1()
                     if leader:
-                        ptx.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
+                        hopper.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
                     if extras:
                         shape_scores(score, key, first_row, tile_queries, tile_keys, scale, softcap, tile_bias_gl, bias_row, bias_wide,
                                      slope)
@@ -208,24 +210,24 @@ def make(config: Config) -> Callable:
                     r0, r1 = softmax(score, high_0, high_1, top, total, factor)
                     # V_i is waited for here, long before its product: the loop of this wait keeps the assembler from moving the softmax
                     # below the wait for P V, which runs meanwhile.
-                    ptx.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
+                    hopper.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
                     wait_0()
                     if leader:
-                        ptx.mbarrier_arrive(base + v_empty + np.uint32(8) * before)
+                        hopper.mbarrier_arrive(base + v_empty + np.uint32(8) * before)
                     pack(prob, score)
                     before = slot
                     phase = np.uint32(phase ^ np.uint32(slot == last))
                     slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
                     waiting = np.int32(waiting - np.int32(1))
                 if leader:
-                    ptx.mbarrier_arrive(base + q_empty + np.uint32(8) * q_slot)
+                    hopper.mbarrier_arrive(base + q_empty + np.uint32(8) * q_slot)
                 rescale(out, r0, r1)
                 accumulate(out, prob, column_major(base + v_at + ptx.uniform(before) * tile_bytes))
                 wait_0()
                 if leader:
-                    ptx.mbarrier_arrive(base + v_empty + np.uint32(8) * before)
+                    hopper.mbarrier_arrive(base + v_empty + np.uint32(8) * before)
             elif leader:
-                ptx.mbarrier_arrive(base + q_empty + np.uint32(8) * q_slot)
+                hopper.mbarrier_arrive(base + q_empty + np.uint32(8) * q_slot)
             _, out_row, head, _ = ptx.ld_shared_128(info + np.uint32(16))
             warp_row = np.int32((ptx.here(np.uint32(cuda.threadIdx.x)) >> np.uint32(5)) - np.uint32(4)) * np.int32(16)
             row_bytes = np.uint64(heads) * np.uint64(2 * dim)
@@ -234,7 +236,7 @@ def make(config: Config) -> Callable:
                   np.int32(np.int32(ptx.ld_shared_32(info + np.uint32(12))) - warp_row), dim)
             turn = np.uint32(turn + np.uint32(1))
         if turns and mine == np.uint32(0):
-            ptx.bar_sync(my_turn, both)
+            hopper.bar_sync(my_turn, both)
 
     return attention_sm90
 
@@ -262,15 +264,16 @@ def start(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out
           starts_kv: torch.Tensor | None) -> None:
     """As attention.py has it: 16-byte aligned q, k, v[rows of batch, sequence, heads, dim], nothing empty, window ends <= UNBOUNDED."""
     config, device = kernel.spec.config, q.device.index
-    q, k, v = _own(q), _own(k), _own(v)
+    # A dimension of a tensor map has a stride: what is broadcast is copied.
+    q, k, v = (t.contiguous() if 0 in t.stride() else t for t in (q, k, v))
     _, _, heads, dim = q.shape
     tiles, pairs, group = -(-queries // config.rows), batch * heads, heads // k.shape[2]
     blocks = min(multiprocessors(device), tiles * pairs)
     alike = right >= keys and lengths is None and starts_q is None
     section = group if alike else min(pairs, group * max(1, _SECTION_BYTES // (4 * keys * dim)))
     counters = 0 if alike or blocks == tiles * pairs else _counters(device).data_ptr()
-    kernel(blocks, 1, 1, _map(q, config.rows), _map(k, config.keys), _map(v, config.keys), out.data_ptr(), _address(bias),
-           _address(alibi_slopes), _address(lengths), _address(starts_q), _address(starts_kv), counters, *bias_strides, queries, keys,
+    kernel(blocks, 1, 1, _map(q, config.rows), _map(k, config.keys), _map(v, config.keys), out.data_ptr(), address(bias),
+           address(alibi_slopes), address(lengths), address(starts_q), address(starts_kv), counters, *bias_strides, queries, keys,
            heads, group, dim, batch, tiles,
            section, left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
 
@@ -289,16 +292,7 @@ def _counters(device: int) -> torch.Tensor:
 _COUNTERS: dict[tuple[int, int], torch.Tensor] = {}
 
 
-def _own(t: torch.Tensor) -> torch.Tensor:
-    """t, copied where elements share memory: a dimension of a tensor map has a stride."""
-    return t.contiguous() if any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape, strict=True)) else t
-
-
 def _map(t: torch.Tensor, rows: int) -> bytes:
     batch, sequence, heads, dim = t.shape
     batch_step, row_step, head_step, _ = t.stride()
     return tiles_of(t.data_ptr(), t.dtype, (dim, heads, sequence, batch), (head_step, row_step, batch_step), (CHUNK, 1, rows, 1))
-
-
-def _address(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()

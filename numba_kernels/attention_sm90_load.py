@@ -11,6 +11,7 @@ import numpy as np
 from numba import cuda
 
 from ftops.numba_kernels import ptx
+from ftops.numba_kernels import ptx_sm90 as hopper
 from ftops.numba_kernels.attention_sm90_config import INFO_BYTES, INFO_SLOTS, Config
 
 NOTHING = np.uint32(0xFFFFFFFF)
@@ -78,9 +79,9 @@ def make_produce(config: Config) -> Callable:
 
     @cuda.jit(device=True, forceinline=True)
     def fetch(place, tile_rows, full, size, tensor, head, row, batch):
-        ptx.mbarrier_expect(full, size)
+        hopper.mbarrier_expect(full, size)
         for c in range(parts):
-            ptx.tma_load_4d(place + np.uint32(c * 128 * tile_rows), tensor, full, np.uint32(64 * c), head, row, batch)
+            hopper.tma_load_4d(place + np.uint32(c * 128 * tile_rows), tensor, full, np.uint32(64 * c), head, row, batch)
 
     @cuda.jit(device=True, forceinline=True)
     def produce(base, q_tensor, k_tensor, v_tensor, lengths_gl, starts_q_gl, starts_kv_gl, counters_gl, all_queries, all_keys, heads, group,
@@ -108,7 +109,7 @@ def make_produce(config: Config) -> Callable:
             index = np.uint32(index + blocks)
             if lane == np.uint32(0):
                 if counters_gl != np.uint64(0) and batch != NOTHING:
-                    index = np.uint32(blocks + ptx.atomic_add_u32(counters_gl, np.uint32(1)))
+                    index = np.uint32(blocks + hopper.atomic_add_u32(counters_gl, np.uint32(1)))
                 limit = np.int32(seen)
                 if lengths_gl != np.uint64(0) and batch != NOTHING:
                     limit = np.int32(min(limit, np.int32(ptx.ld_global_32(lengths_gl + np.uint64(4) * np.uint64(batch)))))
@@ -123,14 +124,14 @@ def make_produce(config: Config) -> Callable:
                 key = np.uint32(first * np.uint32(keys))
                 out_row = np.uint32(start_q + np.uint32(first_row) if packed else batch * np.uint32(all_queries) + np.uint32(first_row))
                 q_slot = np.uint32(turn & np.uint32(q_stages - 1))
-                ptx.mbarrier_wait(base + q_empty + np.uint32(8) * q_slot, ((turn >> q_shift) & np.uint32(1)) ^ np.uint32(1))
+                hopper.mbarrier_wait(base + q_empty + np.uint32(8) * q_slot, ((turn >> q_shift) & np.uint32(1)) ^ np.uint32(1))
                 info = np.uint32(base + info_at + np.uint32(INFO_BYTES) * (turn & np.uint32(INFO_SLOTS - 1)))
                 ptx.st_shared_128(info, NOTHING if batch == NOTHING else count, key, np.uint32(position), np.uint32(queries - first_row))
                 ptx.st_shared_128(info + np.uint32(16), np.uint32(limit), out_row, head, batch)
                 ptx.st_shared_32(info + np.uint32(32), np.uint32(first_row))
                 full = np.uint32(base + q_full + np.uint32(8) * q_slot)
                 if batch == NOTHING or count == np.uint32(0):
-                    ptx.mbarrier_arrive(full)
+                    hopper.mbarrier_arrive(full)
                 else:
                     map_batch = np.uint32(0) if packed else batch
                     kv_head = ptx.div_u32(head, group)
@@ -140,12 +141,12 @@ def make_produce(config: Config) -> Callable:
                     behind = False
                     while count != np.uint32(0) or behind:
                         if count != np.uint32(0):
-                            ptx.mbarrier_wait(base + k_empty + np.uint32(8) * slot, phase)
+                            hopper.mbarrier_wait(base + k_empty + np.uint32(8) * slot, phase)
                             fetch(base + k_at + slot * tile_bytes, keys, base + k_full + np.uint32(8) * slot, tile_bytes, k_tensor,
                                   kv_head, key, map_batch)
                         if behind:
                             before = last if slot == np.uint32(0) else np.uint32(slot - np.uint32(1))
-                            ptx.mbarrier_wait(base + v_empty + np.uint32(8) * before, phase ^ np.uint32(slot == np.uint32(0)))
+                            hopper.mbarrier_wait(base + v_empty + np.uint32(8) * before, phase ^ np.uint32(slot == np.uint32(0)))
                             fetch(base + v_at + before * tile_bytes, keys, base + v_full + np.uint32(8) * before, tile_bytes, v_tensor,
                                   kv_head, key + np.uint32(keys), map_batch)
                         if count != np.uint32(0):
@@ -158,7 +159,7 @@ def make_produce(config: Config) -> Callable:
             turn = np.uint32(turn + np.uint32(1))
         # The last block to stop counting sets the counters back, for the launch that comes after this one in the stream.
         if lane == np.uint32(0) and counters_gl != np.uint64(0):
-            stopped = ptx.atomic_inc_u32(counters_gl + np.uint64(4), blocks - np.uint32(1))
+            stopped = hopper.atomic_inc_u32(counters_gl + np.uint64(4), blocks - np.uint32(1))
             if stopped == blocks - np.uint32(1):
                 ptx.st_global_32(counters_gl, np.uint32(0))
 

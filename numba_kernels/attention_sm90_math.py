@@ -11,6 +11,7 @@ import numpy as np
 from numba import cuda
 
 from ftops.numba_kernels import ptx
+from ftops.numba_kernels import ptx_sm90 as hopper
 from ftops.numba_kernels.attention_sm90_config import Config
 
 MINUS_INFINITY = np.float32(-np.inf)
@@ -30,7 +31,7 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
     """
     steps, key_steps = config.head_dim // 16, config.keys // 16
     q_chunk, k_chunk = config.rows * 128 // 16, config.keys * 128 // 16
-    product, product_p = ptx.wgmma_shared(config.dtype, config.keys), ptx.wgmma_registers(config.dtype, config.head_dim)
+    product, product_p = hopper.wgmma_shared(config.dtype, config.keys), hopper.wgmma_registers(config.dtype, config.head_dim)
     plain, strided = np.uint64(_SWIZZLED), np.uint64(_SWIZZLED | (k_chunk << 16))
     mask = np.uint32(0x3FFFF)
     maximum = ptx.maximum
@@ -45,24 +46,24 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
 
     @cuda.jit(device=True, forceinline=True)
     def scores(score, q, k):
-        ptx.wgmma_fence()
+        hopper.wgmma_fence()
         for d in range(steps):
             within = d % 4 * 2  # 16 elements are 32 bytes
             product(score, 0, q + np.uint64(d // 4 * q_chunk + within), k + np.uint64(d // 4 * k_chunk + within), np.uint32(d))
-        ptx.wgmma_commit()
+        hopper.wgmma_commit()
 
     @cuda.jit(device=True, forceinline=True)
     def accumulate(out, prob, v):
-        ptx.wgmma_fence()
+        hopper.wgmma_fence()
         for s in range(key_steps):
             product_p(out, 0, prob[4 * s], prob[4 * s + 1], prob[4 * s + 2], prob[4 * s + 3], v + np.uint64(128 * s))
-        ptx.wgmma_commit()
+        hopper.wgmma_commit()
 
     @cuda.jit(device=True, forceinline=True)
     def accumulate_under(out, prob, v, score):
         """accumulate, and each row's highest score of this thread, whose comparisons fill the time that issuing wgmma takes."""
         even_0, odd_0, even_1, odd_1 = score[0], score[1], score[2], score[3]
-        ptx.wgmma_fence()
+        hopper.wgmma_fence()
         for s in range(key_steps):
             product_p(out, 0, prob[4 * s], prob[4 * s + 1], prob[4 * s + 2], prob[4 * s + 3], v + np.uint64(128 * s))
             if s > 0:
@@ -71,7 +72,7 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
                     odd_0 = maximum(odd_0, score[4 * j + 1])
                     even_1 = maximum(even_1, score[4 * j + 2])
                     odd_1 = maximum(odd_1, score[4 * j + 3])
-        ptx.wgmma_commit()
+        hopper.wgmma_commit()
         for j in range(2 * key_steps - 2, 2 * key_steps):
             even_0 = maximum(even_0, score[4 * j])
             odd_0 = maximum(odd_0, score[4 * j + 1])
@@ -166,7 +167,7 @@ def make_clear(config: Config) -> Callable:
             for c in range(parts):
                 ptx.st_shared_128(tile + np.uint32(c * keys * 128) + at, zero, zero, zero, zero)
             at += np.uint32(2048)
-        ptx.fence_proxy_async()
+        hopper.fence_proxy_async()
 
     return clear
 

@@ -14,7 +14,6 @@ if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names what NumPy 2.5 removed
     np.row_stack = np.vstack
 
 from llvmlite import ir
-from llvmlite.ir.values import ArgumentAttributes
 from numba.core.targetconfig import ConfigStack
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
@@ -95,7 +94,7 @@ def ptx_accumulate(name: str, asm: str, count: int, ins: str) -> Callable:
 
 @functools.cache
 def scale_fragments(count: int) -> Callable:
-    """Intrinsic `scale(acc, start, low, high)`: of `count` accumulator fragments from acc[start] on, rows g times low, rows g + 8 times high.
+    """Intrinsic `scale(acc, start, low, high)`: `count` accumulator fragments from acc[start] on, rows g times low, rows g + 8 times high.
 
     Written out in LLVM IR: in a kernel of this size LLVM for sm_100 keeps such a loop as one, and with it acc in local memory.
     """
@@ -140,13 +139,15 @@ ld_global_16_if = ptx("ld_global_16_if", "{ .reg .pred p; .reg .b16 t; setp.ne.u
                       "cvt.u32.u16 $0, t; }", "r", "lr")
 ld_global_32_if = ptx("ld_global_32_if", "{ .reg .pred p; .reg .b32 t; setp.ne.u32 p, $2, 0; mov.b32 t, 0; @p ld.global.nc.b32 t, [$1]; "
                       "mov.b32 $0, t; }", "r", "lr")
-ld_global_128_if = ptx("ld_global_128_if", "{ .reg .pred p; .reg .b32 t<4>; setp.ne.u32 p, $5, 0; mov.b32 t0, 0; mov.b32 t1, 0; mov.b32 t2, 0; "
-                       "mov.b32 t3, 0; @p ld.global.nc.v4.b32 {t0, t1, t2, t3}, [$4]; mov.b32 $0, t0; mov.b32 $1, t1; mov.b32 $2, t2; "
-                       "mov.b32 $3, t3; }", "rrrr", "lr")
-st_global_16_if = ptx("st_global_16_if", "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, $2, 0; cvt.u16.u32 t, $1; @p st.global.b16 [$0], t; }", "", "lrr")
+ld_global_128_if = ptx("ld_global_128_if", "{ .reg .pred p; .reg .b32 t<4>; setp.ne.u32 p, $5, 0; mov.b32 t0, 0; mov.b32 t1, 0; "
+                       "mov.b32 t2, 0; mov.b32 t3, 0; @p ld.global.nc.v4.b32 {t0, t1, t2, t3}, [$4]; mov.b32 $0, t0; mov.b32 $1, t1; "
+                       "mov.b32 $2, t2; mov.b32 $3, t3; }", "rrrr", "lr")
+st_global_16_if = ptx("st_global_16_if", "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, $2, 0; cvt.u16.u32 t, $1; "
+                      "@p st.global.b16 [$0], t; }", "", "lrr")
 st_global_32_if = ptx("st_global_32_if", "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.b32 [$0], $1; }", "", "lrr")
 st_global_64_if = ptx("st_global_64_if", "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.v2.b32 [$0], {$1, $2}; }", "", "lrrr")
-st_global_128_if = ptx("st_global_128_if", "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.v4.b32 [$0], {$1, $2, $3, $4}; }", "", "lrrrrr")
+st_global_128_if = ptx("st_global_128_if", "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.v4.b32 [$0], {$1, $2, $3, $4}; }",
+                       "", "lrrrrr")
 prefetch_l2 = ptx("prefetch_l2", "prefetch.global.L2 [$0];", "", "l")
 # What a kernel before this one in the stream has written, which need not have ended.
 ld_written_128 = ptx("ld_written_128", "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "l")
@@ -231,72 +232,3 @@ uniform = ptx("uniform", "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "r", 
 shuffle_index = ptx("shuffle_index", "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "r", "rr")
 ballot = ptx("ballot", "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }", "r", "r")
 shuffle_xor = {n: ptx(f"shuffle_xor_{n}", f"shfl.sync.bfly.b32 $0, $1, {n}, 0x1f, 0xffffffff;", "f", "f") for n in (1, 2, 4, 8, 16)}
-
-# Hopper (sm_90a): barriers in shared memory, the bulk tensor copy engine, and warpgroup matrix products.
-mbarrier_init = ptx("mbarrier_init", "mbarrier.init.shared::cta.b64 [$0], $1;", "", "rr")
-# Arrives, and announces $1 bytes.
-mbarrier_expect = ptx("mbarrier_expect", "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "rr")
-mbarrier_arrive = ptx("mbarrier_arrive", "mbarrier.arrive.shared::cta.b64 _, [$0];", "", "r")
-# Until the phase of parity $1 is complete. The braces give every inlined copy its own labels.
-mbarrier_wait = ptx("mbarrier_wait", "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra DONE; "
-                    "bra WAIT; DONE: }", "", "rr")
-atomic_add_u32 = ptx("atomic_add_u32", "atom.add.u32 $0, [$1], $2;", "r", "lr")  # the value before
-atomic_inc_u32 = ptx("atomic_inc_u32", "atom.acq_rel.gpu.inc.u32 $0, [$1], $2;", "r", "lr")  # the value before; wraps to 0 past $2
-fence_mbarrier_init = ptx("fence_mbarrier_init", "fence.mbarrier_init.release.cluster;")
-fence_proxy_async = ptx("fence_proxy_async", "fence.proxy.async.shared::cta;")  # ordinary stores before it, wgmma and TMA after it
-bar_sync = ptx("bar_sync", "bar.sync $0, $1;", "", "rr")  # named barrier $0 of $1 threads
-bar_arrive = ptx("bar_arrive", "bar.arrive $0, $1;", "", "rr")
-prefetch_tensor_map = ptx("prefetch_tensor_map", "prefetch.tensormap [$0];", "", "l")
-# A box of map $1 at coordinates $3 .. $6, innermost first, to shared memory $0; mbarrier $2 counts its bytes. Out of bounds are zeros.
-tma_load_4d = ptx("tma_load_4d", "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                  "[$0], [$1, {$3, $4, $5, $6}], [$2];", "", "rlrrrrr")
-SETMAXNREG = {(way, n): ptx(f"setmaxnreg_{way}_{n}", f"setmaxnreg.{way}.sync.aligned.u32 {n};")
-              for way, counts in (("dec", (24, 32, 40)), ("inc", (160, 232, 240))) for n in counts}
-wgmma_fence = ptx("wgmma_fence", "wgmma.fence.sync.aligned;")
-wgmma_commit = ptx("wgmma_commit", "wgmma.commit_group.sync.aligned;")
-WGMMA_WAIT = {n: ptx(f"wgmma_wait_{n}", f"wgmma.wait_group.sync.aligned {n};") for n in range(2)}  # until n groups at most are unfinished
-_WGMMA_DTYPE = {"bfloat16": "bf16", "float16": "f16"}
-
-
-def wgmma_shared(dtype: str, n: int) -> Callable:
-    """f(acc, 0, a, b, add): acc[64 x n] = A B^T (+ acc where add is not 0), of one warpgroup. a, b: descriptors of A[64 x 16] and B[n x 16]
-    in shared memory, both K-major. acc: a thread's n / 2 float32, as in the PTX ISA, section "wgmma.mma_async.m64nNk16"."""
-    registers = ", ".join(f"${i}" for i in range(n // 2))
-    kind = _WGMMA_DTYPE[dtype]
-    return ptx_accumulate(f"wgmma_shared_{kind}_{n}", f"{{ .reg .pred p; setp.ne.b32 p, ${n + 2}, 0; "
-                          f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{registers}}}, ${n}, ${n + 1}, p, 1, 1, 0, 0; }}",
-                          n // 2, "llr")
-
-
-def wgmma_registers(dtype: str, n: int) -> Callable:
-    """f(acc, 0, a0, a1, a2, a3, b): acc[64 x n] += A B. A[64 x 16] in registers as mma.m16n8k16 has it, a warp's 16 rows; b: descriptor of
-    B[16 x n] in shared memory, N-major (n contiguous)."""
-    registers = ", ".join(f"${i}" for i in range(n // 2))
-    kind = _WGMMA_DTYPE[dtype]
-    return ptx_accumulate(f"wgmma_registers_{kind}_{n}", f"{{ .reg .pred p; setp.ne.b32 p, 1, 0; "
-                          f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{registers}}}, "
-                          f"{{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, ${n + 4}, p, 1, 1, 1; }}", n // 2, "rrrrl")
-
-
-class _ByValue(ArgumentAttributes):
-    """byval in the dialect of NVVM, LLVM 7, which names no type. A tensor map is read from 64-byte boundaries."""
-
-    def _to_list(self, typ: ir.Type) -> list[str]:
-        return ["byval", "align 64"]
-
-
-@intrinsic
-def tensor_map(typingctx, parameter):
-    """Address of a 128-byte tensor map that is a parameter of the kernel (letter t of a signature), a __grid_constant__. In the kernel
-    itself alone: the function that calls this gets all its parameters of that type passed by value."""
-    def codegen(context, builder, sig, args):
-        function, module = builder.function, builder.module
-        # Argument 0 is Numba's return value, which a kernel loses: what is left counts from 1, as NVVM does.
-        maps = [i for i, a in enumerate(function.args) if a.type == args[0].type and not isinstance(a.attributes, _ByValue)]
-        for i in maps:
-            function.args[i].attributes = _ByValue()
-        if maps:
-            indices = module.add_metadata([ir.Constant(ir.IntType(32), i) for i in maps])
-            module.add_named_metadata("nvvm.annotations").add(module.add_metadata([function, "grid_constant", indices]))
-        return builder.ptrtoint(args[0], ir.IntType(64))
-    return signature(types.uint64, parameter), codegen
