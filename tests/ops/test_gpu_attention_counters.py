@@ -1,0 +1,63 @@
+"""Prefill that skips or repeats rows: on Hopper, blocks of a causal call take their tiles from a counter that launches leave as they found it."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ftops import ops
+from tests.accuracy import assert_accurate, in_float64
+from tests.ops.oracles import attention
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+def sample(seed: int) -> tuple[torch.Tensor, ...]:
+    """Many more tiles of query rows than any GPU has multiprocessors, of different lengths."""
+    torch.manual_seed(seed)
+    return tuple(torch.randn(4, 1000, heads, 64, device=CUDA, dtype=torch.bfloat16) for heads in (16, 4, 4))
+
+
+def test_calls_one_after_the_other():
+    for seed in range(3):
+        q, k, v = sample(seed)
+        assert_accurate(ops.attention(q, k, v, causal=True), attention(*in_float64((q, k, v)), causal=True), attention(q, k, v, causal=True))
+
+
+def test_two_streams_at_once():
+    inputs = [sample(seed) for seed in (0, 1)]
+    expected = [ops.attention(*each, causal=True) for each in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(50):
+        for stream, each, to in zip(streams, inputs, results, strict=True):
+            with torch.cuda.stream(stream):
+                to.append(ops.attention(*each, causal=True))
+    torch.cuda.synchronize()
+    for to, want in zip(results, expected, strict=True):
+        assert all(torch.equal(one, want) for one in to)
+
+
+def test_two_graphs_replayed_at_once():
+    inputs = [sample(seed) for seed in (0, 1)]
+    expected = [ops.attention(*each, causal=True) for each in inputs]
+    graphs, outs = [], []
+    for each in inputs:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            first = ops.attention(*each, causal=True)
+            outs.append((first, ops.attention(*each, causal=True)))
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(20):
+        for pair in outs:
+            for out in pair:
+                out.fill_(float("nan"))
+        torch.cuda.synchronize()
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for pair, want in zip(outs, expected, strict=True):
+            assert all(torch.equal(out, want) for out in pair)
