@@ -1,4 +1,4 @@
-"""Prefill that skips or repeats rows: on Hopper, blocks of a causal call take their tiles from a counter that launches leave as they found it."""
+"""Prefill that skips or repeats rows: on Hopper, blocks of a causal call take tiles from a counter, which a launch leaves as it was."""
 from __future__ import annotations
 
 import pytest
@@ -20,8 +20,8 @@ def sample(seed: int) -> tuple[torch.Tensor, ...]:
 
 def test_calls_one_after_the_other():
     for seed in range(3):
-        q, k, v = sample(seed)
-        assert_accurate(ops.attention(q, k, v, causal=True), attention(*in_float64((q, k, v)), causal=True), attention(q, k, v, causal=True))
+        args = sample(seed)
+        assert_accurate(ops.attention(*args, causal=True), attention(*in_float64(args), causal=True), attention(*args, causal=True))
 
 
 def test_two_streams_at_once():
