@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "transformers", "numba-cuda", "numpy")
 OURS = "ftops"
+SOURCES = ("ftops", "numba_kernels", "integrations", "bench")
 
 
 @dataclass
@@ -83,11 +84,13 @@ def slug(device_name: str) -> str:
 
 
 def commit() -> str:
-    """The commit that ran, with "+changes" where the files differ from it. FTOPS_BENCH_COMMIT names it where there is no repository."""
+    """The commit that ran, with "+changes" where sources differ from it. FTOPS_BENCH_COMMIT names it for a copy without its history."""
+    given = os.environ.get("FTOPS_BENCH_COMMIT")
+    if given:
+        return given
     head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD").strip()
-    if not head:
-        return os.environ.get("FTOPS_BENCH_COMMIT", "unknown")
-    return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").strip() else "")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", *SOURCES).strip()
+    return (head + ("+changes" if changed else "")) or "unknown"
 
 
 def today() -> str:
