@@ -86,7 +86,7 @@ def make(config: Config) -> Callable:
             return
 
         take()
-        mine = np.uint32(ptx.uniform(thread >> np.uint32(7)) - np.uint32(1))
+        mine = np.uint32((thread >> np.uint32(7)) - np.uint32(1))
         first_mine = np.int32(np.int32(64) * np.int32(mine))
         leader = thread & np.uint32(127) == np.uint32(0)
         my_turn = np.uint32(mine + np.uint32(1))
@@ -106,7 +106,8 @@ def make(config: Config) -> Callable:
         if turns and mine == np.uint32(consumers - 1):
             hopper.bar_arrive(next_turn, both)
         while True:
-            q_slot = np.uint32(ptx.uniform(turn) & np.uint32(q_stages - 1))
+            q_slot = np.uint32(turn & np.uint32(q_stages - 1))
+            q_mine = np.uint32(base + q_slot * q_bytes + mine * np.uint32(8192))
             hopper.mbarrier_wait(base + q_full + np.uint32(8) * q_slot, (turn >> q_shift) & np.uint32(1))
             info = np.uint32(base + info_at + np.uint32(INFO_BYTES) * (turn & np.uint32(INFO_SLOTS - 1)))
             count, first_key, first_position, rows_left = ptx.ld_shared_128(info)
@@ -155,8 +156,7 @@ def make(config: Config) -> Callable:
                 hopper.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
                 if turns:
                     hopper.bar_sync(my_turn, both)
-                scores(score, row_major(base + q_slot * q_bytes + mine * np.uint32(8192)),
-                       row_major(base + k_at + ptx.uniform(slot) * tile_bytes))
+                scores(score, row_major(ptx.uniform(q_mine)), row_major(base + k_at + ptx.uniform(slot) * tile_bytes))
                 if turns:
                     hopper.bar_arrive(next_turn, both)
                 wait_0()
@@ -183,8 +183,7 @@ def make(config: Config) -> Callable:
                     hopper.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
                     if turns:
                         hopper.bar_sync(my_turn, both)
-                    scores(score, row_major(base + q_slot * q_bytes + mine * np.uint32(8192)),
-                           row_major(base + k_at + ptx.uniform(slot) * tile_bytes))
+                    scores(score, row_major(ptx.uniform(q_mine)), row_major(base + k_at + ptx.uniform(slot) * tile_bytes))
                     if under and turns:
                         hopper.bar_arrive(next_turn, both)
                     rescale(out, r0, r1)
