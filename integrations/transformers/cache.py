@@ -43,16 +43,13 @@ def attend(spec: BlockSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c
     bias = None if mask is None else additive(mask, q.dtype)
     # Splitting the keys over a device is what decode_attention is for; on a CPU only buffers need it, for their lengths.
     if spec.causal and cache is not None and new <= MAX_NEW_TOKENS and (filled is not None or (q.is_cuda and keys.shape[1] > new)):
-        if filled is None:
-            lengths = torch.full((q.shape[0],), keys.shape[1], dtype=torch.int32, device=q.device)
-        else:
-            lengths = filled.to(torch.int32).expand(q.shape[0])
+        lengths = _all_of(cache, keys) if filled is None else filled.to(torch.int32).expand(q.shape[0])
         return ops.decode_attention(q, keys, values, lengths, scale=spec.scale, window=spec.window, bias=bias)
     if filled is not None:
         if not fresh:
             return ops.attention(q, keys, values, scale=spec.scale, bias=causal_bias(spec, new, keys.shape[1], filled - new, q, bias))
         keys, values, bias = k, v, None if bias is None else bias[..., :new]
-    window = None if spec.window is None else (spec.window, -1)
+    window = None if spec.window is None or keys.shape[1] <= spec.window + 1 else (spec.window, -1)
     return ops.attention(q, keys, values, causal=spec.causal, scale=spec.scale, window=window, bias=bias)
 
 
@@ -77,6 +74,21 @@ def causal_bias(spec: BlockSpec, queries: int, keys: int, offset: int | torch.Te
         visible = visible & (distance <= spec.window)
     bias = torch.zeros((1, 1, 1, keys), dtype=like.dtype, device=like.device) if rows is None else rows.to(like.dtype)
     return bias.masked_fill(~visible, float("-inf"))
+
+
+def _all_of(cache: Cache, keys: torch.Tensor) -> torch.Tensor:
+    """Lengths [B] int32 that count every one of keys[B,S,Hkv,D]. They are kept on the cache, since one forward asks once a layer."""
+    def make() -> torch.Tensor:
+        return torch.full(keys.shape[:1], keys.shape[1], dtype=torch.int32, device=keys.device)
+
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return make()  # what a graph computes holds its value only while that runs
+    wanted = (keys.shape[:2], keys.device)
+    known, lengths = cache.__dict__.get("_ftops_lengths", (None, None))
+    if known != wanted:
+        lengths = make()
+        cache._ftops_lengths = wanted, lengths
+    return lengths
 
 
 def _filled(layer: DynamicLayer | StaticLayer, returned: int) -> torch.Tensor | None:
