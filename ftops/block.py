@@ -2,7 +2,7 @@
 
     pre        h = x + out(attend(qkv(norm1(x))))              y = h + mlp(norm2(h))
     post       h = norm1(x + out(attend(qkv(x))))              y = norm2(h + mlp(h))
-    parallel   n = norm1(x)                                    y = out(attend(qkv(n))) + mlp(norm2(x), or n without norm2) + x
+    parallel   n = norm1(x)                                    y = out(attend(qkv(n))) + mlp(n) + x
 
     mlp(n) = down(act(gate(n)) * up(n)) if gated, else down(act(up(n)))
 
@@ -37,12 +37,10 @@ class BlockSpec:
     activation: str
     gated: bool
     scale: float
-    norm_offset: float = 0.0
     causal: bool = True
     window: int | None = None
     rotary: Literal["half", "interleaved"] | None = None
     rotary_dim: int | None = None
-    qkv_per_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """qkv holds q, k, v one after the other (or, with spec.qkv_per_head, head by head); up holds gate, then up, if gated."""
+    """qkv holds q, k, v one after the other; up holds gate, then up, if gated. norm2 is None in a parallel block."""
 
     norm1: Norm
     norm2: Norm | None
@@ -92,24 +90,20 @@ class Block:
         n = self._norm(w.norm1, x)
         attended = self._attention(n, attend, positions, freqs)
         if self.spec.order == "parallel":
-            return attended + self._mlp(n if w.norm2 is None else self._norm(w.norm2, x)) + x
+            return attended + self._mlp(n) + x
         n, h = self._norm(w.norm2, attended, residual=x)
         return h + self._mlp(n)
 
     def _norm(self, norm: Norm, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if self.spec.norm == "rms":
-            return ops.rms_norm(x, norm.weight, self.spec.eps, residual=residual, offset=self.spec.norm_offset)
+            return ops.rms_norm(x, norm.weight, self.spec.eps, residual=residual)
         return ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps, residual=residual)
 
     def _attention(self, x: torch.Tensor, attend: Attend, positions: torch.Tensor | None, freqs: Freqs | None) -> torch.Tensor:
         spec, w = self.spec, self.weights
-        qkv = w.qkv(x)
-        if spec.qkv_per_head:
-            q, k, v = qkv.unflatten(-1, (spec.heads, 3, spec.head_dim)).unbind(-2)
-        else:
-            # Not unflatten and Tensor.split, which are Python around the same two calls.
-            heads = qkv.view(*x.shape[:-1], -1, spec.head_dim)
-            q, k, v = torch.split_with_sizes(heads, (spec.heads, spec.kv_heads, spec.kv_heads), -2)
+        # Not unflatten and Tensor.split, which are Python around the same two calls.
+        heads = w.qkv(x).view(*x.shape[:-1], -1, spec.head_dim)
+        q, k, v = torch.split_with_sizes(heads, (spec.heads, spec.kv_heads, spec.kv_heads), -2)
         if w.q_norm is not None:
             q, k = self._norm(w.q_norm, q), self._norm(w.k_norm, k)
         if spec.rotary is not None:

@@ -56,14 +56,12 @@ class Arch:
     qk_norms: tuple[str, str] | None = None
     order: Literal["pre", "post", "parallel"] = "pre"
     norm: Literal["rms", "layer"] = "rms"
-    norm_offset: float = 0.0
     dropouts: tuple[str, ...] = ()
     window: str | None = None
     rotary: Literal["half", "interleaved"] | None = None
     rotary_dim: str | None = None
     # A table of sines, then cosines, that position_ids index; without one the layer is given (cos, sin) as position_embeddings.
     rotary_table: str | None = None
-    qkv_per_head: bool = False
     cache: str = "past_key_values"
     returns_tuple: bool = False
     # Its attention goes through transformers' attention registry; otherwise it adds the mask it is given to the scores.
@@ -96,12 +94,12 @@ class Arch:
             raise Unfit(f"its norms have different eps: {sorted(eps)}")
         return BlockSpec(
             heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim,
-            order=self.order, norm=self.norm, eps=eps.pop(), norm_offset=self.norm_offset,
+            order=self.order, norm=self.norm, eps=eps.pop(),
             activation=activation_kind(follow(layer, self.activation)), gated=len(self.up) == 2,
             scale=getattr(attention, "scaling", head_dim ** -0.5), causal=attention.is_causal and getattr(config, "is_causal", True),
             # transformers counts the token itself
             window=None if window is None else window - 1,
-            rotary=self.rotary, rotary_dim=rotary_dim, qkv_per_head=self.qkv_per_head)
+            rotary=self.rotary, rotary_dim=rotary_dim)
 
     def dropout(self, layer: torch.nn.Module) -> float:
         """The largest dropout probability that training mode would apply."""

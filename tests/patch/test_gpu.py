@@ -88,6 +88,8 @@ def test_generate_across_cpu_and_gpu(family):
 @pytest.mark.parametrize("family", DECODERS)
 def test_caches_elsewhere(family, cache):
     """Keys and values that wait on the host and come back on another stream."""
+    if family == "mistral" and cache == "offloaded_static":
+        pytest.skip("transformers itself fails where every layer slides")
     ids, mask = (t.cuda() for t in prompt(padding="left"))
     model = tiny(family, CUDA)
     options = {"max_new_tokens": 10, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
