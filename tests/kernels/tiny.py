@@ -13,6 +13,13 @@ from ftops.numba_kernels.compile import Spec
 THREADS = 128
 LIVE = 144  # floats that a thread of `spilling` holds at once: more than the 64 registers that 1024 threads leave it
 TARGET = {80: 0x13579B80, 90: 0x13579B90}
+# Of clusters, sm_90 and up: cluster_address is the place in block $2 of what lies at $1 here; cluster_sync waits for every thread of the
+# cluster, and what they wrote before it is then seen.
+cluster_rank = ptx.ptx("cluster_rank", "mov.u32 $0, %cluster_ctarank;", "r")
+cluster_size = ptx.ptx("cluster_size", "mov.u32 $0, %cluster_nctarank;", "r")
+cluster_sync = ptx.ptx("cluster_sync", "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;")
+cluster_address = ptx.ptx("cluster_address", "mapa.shared::cluster.u32 $0, $1, $2;", "r", "rr", pure=True)
+ld_cluster_64 = ptx.ptx("ld_cluster_64", "ld.shared::cluster.v2.b32 {$0, $1}, [$2];", "rr", "r")
 target_number = ptx.ptx("target_number", {since: f"mov.u32 $0, {number};" for since, number in TARGET.items()}, "r")
 
 
@@ -69,14 +76,14 @@ def make_neighbours(config: Config) -> Callable:
     """y[block] = 1000 * (size of the cluster) + the number that the next block of the cluster has put into its own shared memory."""
     def neighbours(y_gl):
         shared = cuda.shared.array(2, np.uint32)
-        rank, size = ptx.cluster_rank(), ptx.cluster_size()
+        rank, size = cluster_rank(), cluster_size()
         if cuda.threadIdx.x == 0:
             shared[0] = np.uint32(cuda.blockIdx.x)
             shared[1] = size
-        ptx.cluster_sync()
+        cluster_sync()
         following = rank + np.uint32(1) if rank + np.uint32(1) < size else np.uint32(0)
-        number, its_size = ptx.ld_cluster_64(ptx.cluster_address(ptx.shared_address(shared), following))
-        ptx.cluster_sync()  # no block may end while its shared memory is read
+        number, its_size = ld_cluster_64(cluster_address(ptx.shared_address(shared), following))
+        cluster_sync()  # no block may end while its shared memory is read
         if cuda.threadIdx.x == 0:
             ptx.st_global_32(y_gl + np.uint64(4) * np.uint64(cuda.blockIdx.x), np.uint32(1000) * its_size + number)
     return neighbours
