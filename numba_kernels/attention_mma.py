@@ -77,6 +77,7 @@ def make(config: Config) -> Callable:
     head_dim, keys, row_tiles, warps, rows = config.head_dim, config.keys, config.row_tiles, config.warps, config.rows
     extras, double, q_registers = config.extras, config.stages == 2, config.q_registers
     shape = layout(head_dim)
+    total_size = 4 * row_tiles
     pitch, places = shape.pitch, shape.places
     q_bytes, tile_bytes = np.uint32(rows * pitch), np.uint32(keys * pitch)
     v_offset = np.uint32(rows * pitch + config.stages * keys * pitch)
@@ -87,7 +88,7 @@ def make(config: Config) -> Callable:
     row_step = 32 * warps // lanes
     fetch_q_place, fetch_sizes, fetch_q = make_fetch(head_dim, rows, 32 * warps)
     fetch_place, _, fetch = make_fetch(head_dim, keys, 32 * warps)
-    fill_places = make_places(head_dim)
+    row_places, key_places = make_places(head_dim)
     load_q, scores, accumulate = make_products(config.dtype, head_dim, keys, row_tiles, q_registers)
     softmax, finish = make_softmax(head_dim, keys, row_tiles)
     hide = make_hide(keys, row_tiles)
@@ -124,13 +125,16 @@ def make(config: Config) -> Callable:
         score = cuda.local.array(score_size, np.float32)
         q_reg = cuda.local.array(q_size, np.uint32)
         top = cuda.local.array(halves, np.float32)
-        total = cuda.local.array(halves, np.float32)
+        total = cuda.local.array(total_size, np.float32)
         sizes = cuda.local.array(columns, np.uint32)
         at = cuda.local.array(places, np.uint32)
+        k_at = cuda.local.array(places, np.uint32)
         for i in range(out_size):
             out[i] = np.float32(0)
         for h in range(halves):
-            top[h], total[h] = MINUS_INFINITY, np.float32(0)
+            top[h] = MINUS_INFINITY
+        for i in range(total_size):
+            total[i] = np.float32(0)
 
         if key >= last_key:
             factor = np.float32(1) if extras else scale * LOG2E
@@ -152,7 +156,8 @@ def make(config: Config) -> Callable:
             k_from = fetch(k_to, k_from, k_step, sizes, np.int32(limit - key))
             v_from = fetch(v_to, v_from, v_step, sizes, np.int32(limit - key))
             ptx.cp_async_commit()
-            fill_places(at, base)
+            row_places(at, base)
+            key_places(k_at, base)
             if q_registers:
                 ptx.cp_async_wait_0()
                 cuda.syncthreads()
@@ -169,7 +174,7 @@ def make(config: Config) -> Callable:
                 elif not first:
                     v_from = fetch(v_to, v_from, v_step, sizes, np.int32(keys))
                 ptx.cp_async_commit()
-                scores(score, q_reg, at, ptx.here(own_q), np.uint32(q_bytes + buffer))
+                scores(score, q_reg, at, ptx.here(own_q), k_at, np.uint32(q_bytes + buffer))
                 if not double:
                     ptx.cp_async_wait_0()
                     cuda.syncthreads()
@@ -181,7 +186,7 @@ def make(config: Config) -> Callable:
                 if np.int32(key + np.int32(keys)) > whole_end or key < whole_begin:
                     hide(score, key, position, left, right, limit)
                 softmax(score, out, top, total, factor)
-                accumulate(out, score, at, np.uint32(v_offset + buffer))
+                accumulate(out, total, score, at, np.uint32(v_offset + buffer))
                 key, first = np.int32(key - np.int32(keys)), False
                 if double:
                     buffer = np.uint32(buffer ^ tile_bytes)
@@ -205,12 +210,34 @@ def make(config: Config) -> Callable:
 def make_shape_scores(dtype: str, keys: int, row_tiles: int) -> Callable:
     """score := log2(e) * (softcap(scale * score) + bias) - slope * |distance|, each part if asked for; slope comes with log2(e) in it."""
     halves, tiles = 2 * row_tiles, keys // 8
+    pairs = 2 * tiles
     low, high = ptx.LOW[dtype], ptx.HIGH[dtype]
 
     @cuda.jit(device=True, forceinline=True)
     def in_log2(bias):
         """A finite bias, however low, keeps its key: a row of nothing but the dtype's minimum attends evenly."""
-        return bias if bias == MINUS_INFINITY else ptx.maximum(bias * LOG2E, np.float32(-1e29))
+        finite = ptx.maximum(bias * LOG2E, np.float32(-1e29))
+        return bias if bias == MINUS_INFINITY else finite
+
+    @cuda.jit(device=True, forceinline=True)
+    def add_row(score, at, key_gl, there, bias_wide):
+        """One row's bias; all of it is on its way before the first is used. Of a pair that begins before the last key both are there to be
+        read: rows are whole 16 bytes."""
+        words = cuda.local.array(pairs, np.uint32)
+        if bias_wide:
+            for j in range(tiles):
+                live = np.uint32(np.int32(8 * j) < there)
+                words[2 * j] = ptx.ld_global_32_if(key_gl + np.uint64(32 * j), live)
+                words[2 * j + 1] = ptx.ld_global_32_if(key_gl + np.uint64(32 * j + 4), live)
+            for j in range(tiles):
+                score[at + 4 * j] += in_log2(ptx.bits_f32(words[2 * j]))
+                score[at + 4 * j + 1] += in_log2(ptx.bits_f32(words[2 * j + 1]))
+        else:
+            for j in range(tiles):
+                words[j] = ptx.ld_global_32_if(key_gl + np.uint64(16 * j), np.uint32(np.int32(8 * j) < there))
+            for j in range(tiles):
+                score[at + 4 * j] += in_log2(low(words[j]))
+                score[at + 4 * j + 1] += in_log2(high(words[j]))
 
     @cuda.jit(device=True, forceinline=True)
     def add_bias(score, first, column, first_row, row, queries, keys_there, bias_gl, bias_row, bias_wide):
@@ -222,19 +249,9 @@ def make_shape_scores(dtype: str, keys: int, row_tiles: int) -> Callable:
                         + np.uint64(max(np.int32(first - np.int32(keys)), np.int32(0))) * width)
         there = np.int32(keys_there - column)
         for h in range(halves):
-            at = (h // 2) * tiles * 4 + 2 * (h % 2)
             of_row = np.uint64(min(np.int32(row + np.int32(8 * h)), np.int32(queries - 1)))  # rows past the end are not kept
-            key_gl = bias_gl + of_row * np.uint64(bias_row) + np.uint64(column) * width
-            for j in range(tiles):
-                # Of a pair that begins before the last key both are there to be read: rows are whole 16 bytes.
-                live = np.uint32(np.int32(8 * j) < there)
-                if bias_wide:
-                    score[at + 4 * j] += in_log2(ptx.bits_f32(ptx.ld_global_32_if(key_gl + np.uint64(32 * j), live)))
-                    score[at + 4 * j + 1] += in_log2(ptx.bits_f32(ptx.ld_global_32_if(key_gl + np.uint64(32 * j + 4), live)))
-                else:
-                    pair = ptx.ld_global_32_if(key_gl + np.uint64(16 * j), live)
-                    score[at + 4 * j] += in_log2(low(pair))
-                    score[at + 4 * j + 1] += in_log2(high(pair))
+            add_row(score, (h // 2) * tiles * 4 + 2 * (h % 2), bias_gl + of_row * np.uint64(bias_row) + np.uint64(column) * width, there,
+                    bias_wide)
 
     @cuda.jit(device=True, forceinline=True)
     def shape_scores(score, first, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_wide, slope):
@@ -262,8 +279,14 @@ def make_shape_scores(dtype: str, keys: int, row_tiles: int) -> Callable:
     return shape_scores
 
 
+# Bytes of addresses that ptxas keeps in local memory beside 255 registers (head_dim 32: 168, for a third block), 4 to 15 loads of a loop of
+# a thousand instructions. On sm_80 to sm_120 between 0 and 84; which of them spills changes with every edit.
+_SPILLS = {32: 128, 80: 128, 128: 128}
+
+
 def spec(config: Config) -> Spec:
-    return Spec(make, config, SIGNATURE, threads=32 * config.warps, shared_bytes=config.shared_bytes, min_blocks=config.blocks)
+    return Spec(make, config, SIGNATURE, threads=32 * config.warps, shared_bytes=config.shared_bytes, min_blocks=config.blocks,
+                spills=0 if config.extras else _SPILLS.get(config.head_dim, 0))
 
 
 def variants() -> Iterator[Spec]:
