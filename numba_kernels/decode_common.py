@@ -23,12 +23,8 @@ def make_key_range(tile: int) -> Callable:
         length = min(max(length, none), capacity)
         start = max(np.int32(length - new - window), none) if window >= 0 else none
         tiles = np.int32(np.uint32(length - start + (tile - 1)) // tile)
-        each = np.int32(np.float32(tiles) * ptx.reciprocal(np.float32(splits)))  # a division by multiplication, one off at most
+        each = np.int32(ptx.div_u32(tiles, splits))
         rest = np.int32(tiles - each * splits)
-        if rest < 0:
-            each, rest = np.int32(each - 1), np.int32(rest + splits)
-        elif rest >= splits:
-            each, rest = np.int32(each + 1), np.int32(rest - splits)
         low = np.int32(split * each + min(split, rest))
         return length, start, low, np.int32(low + each + (1 if split < rest else 0))
 
