@@ -91,17 +91,24 @@ def test_generate(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mapping", "kind"), [
-    pytest.param(mapping, kind, id=f"{name}-{kind}") for name, mapping, kinds in (
-        ("causal", CAUSAL, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), ("base", BASE, modeling_auto.MODEL_MAPPING_NAMES),
-        ("seq2seq", SEQ2SEQ, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES))
-    for kind in kinds if kind not in KNOWN and kind not in ARCHS])
-def test_no_model_breaks(mapping, kind):
-    """Every architecture that transformers can make from these sizes."""
-    model = small(kind, mapping)
-    if model is None:
-        pytest.skip("these sizes make none that runs on token ids")
-    check(model)
+@pytest.mark.parametrize(("mapping", "kinds", "least"), [
+    pytest.param(CAUSAL, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 80, id="causal"),
+    pytest.param(BASE, modeling_auto.MODEL_MAPPING_NAMES, 80, id="base"),
+    pytest.param(SEQ2SEQ, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, 10, id="seq2seq")])
+def test_no_model_breaks(mapping, kinds, least):
+    """Every architecture that transformers can make from the sizes of the zoo and run on token ids."""
+    tried, broken = 0, {}
+    for kind in kinds:
+        model = small(kind, mapping)
+        if model is None or kind in ARCHS:
+            continue
+        tried += 1
+        try:
+            check(model)
+        except Exception as error:  # all of them are to be named, not the first
+            broken[kind] = error
+    assert broken == {}
+    assert tried >= least
 
 
 def test_a_model_without_tokens():

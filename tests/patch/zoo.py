@@ -17,7 +17,7 @@ SIZES = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "vocab_size": VOCABULARY, "type_vocab_size": 2, "sliding_window": 8,
     "max_position_embeddings": 128, "n_positions": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1,
 }
-MOST_PARAMETERS = 10_000_000
+MOST_PARAMETERS = 3_000_000
 
 
 def takes(config: PreTrainedConfig, name: str) -> bool:
