@@ -53,9 +53,7 @@ def make(config: Config) -> Callable:
     highest, softmax, rescale, pack = make_softmax(config)
     hide = make_hide(keys, 1)
     shape_scores = make_shape_scores(config.dtype, keys, 1)
-    clear = make_clear(config)
-    store = make_store(config)
-    produce = make_produce(config)
+    clear, store, produce = make_clear(config), make_store(config), make_produce(config)
 
     def attention_sm90(q_map, k_map, v_map, out_gl, bias_gl, alibi_gl, lengths_gl, starts_q_gl, starts_kv_gl, counters_gl,
                        bias_batch, bias_head, bias_row, queries, keys_there, heads, group, dim, batches, tiles, section, left, right,
