@@ -29,6 +29,8 @@ def dense_tile(index, tiles, heads, pairs, section):
     rest = np.uint32(index - first * tiles)
     there = np.uint32(min(section, np.uint32(pairs - first)))
     tile = ptx.div_u32(rest, there)
+    if tile >= tiles:  # the last section may be smaller than the others
+        return NOTHING, np.uint32(0), np.uint32(0)
     pair = np.uint32(first + rest - tile * there)
     batch = ptx.div_u32(pair, heads)
     return batch, np.uint32(pair - batch * heads), tile

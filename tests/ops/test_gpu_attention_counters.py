@@ -24,6 +24,15 @@ def test_calls_one_after_the_other():
         assert_accurate(ops.attention(*args, causal=True), attention(*in_float64(args), causal=True), attention(*args, causal=True))
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "lengths"])
+def test_sections_that_do_not_come_out_even(masked):
+    """Heads whose keys and values fill L2 several times over are taken in sections, and 9 of them leave a last one that is smaller."""
+    torch.manual_seed(0)
+    args = tuple(torch.randn(1, length, 9, 128, device=CUDA, dtype=torch.bfloat16) for length in (300, 8192, 8192))
+    options = {"kv_lengths": torch.tensor([8000], device=CUDA, dtype=torch.int32)} if masked else {"causal": True}
+    assert_accurate(ops.attention(*args, **options), attention(*in_float64(args), **options), attention(*args, **options))
+
+
 def test_two_streams_at_once():
     inputs = [sample(seed) for seed in (0, 1)]
     expected = [ops.attention(*each, causal=True) for each in inputs]

@@ -1,0 +1,28 @@
+"""Rows that no block of attention computes, or that blocks past the end write over: the order of tiles, walked here as a block walks it."""
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ftops.numba_kernels import attention_sm90_load
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 8])
+@pytest.mark.parametrize(("batches", "heads"), [(1, 1), (1, 9), (5, 7), (4, 16)])
+@pytest.mark.parametrize("section", [1, 2, 8, 16, 64])
+@np.errstate(over="ignore")
+def test_every_tile_once_and_nothing_after(monkeypatch, tiles, batches, heads, section):
+    divide = SimpleNamespace(div_u32=lambda a, b: np.uint32(int(a) // int(b)))
+    monkeypatch.setattr(attention_sm90_load, "ptx", divide)
+    pairs = batches * heads
+    section = min(section, pairs)
+    walk = [attention_sm90_load.dense_tile.py_func(*(np.uint32(n) for n in (index, tiles, heads, pairs, section)))
+            for index in range(tiles * (pairs + section) + 200)]  # blocks look past the end until they find nothing
+    there, beyond = walk[: tiles * pairs], walk[tiles * pairs :]
+    assert {tuple(map(int, tile)) for tile in there} == {(b, h, t) for b in range(batches) for h in range(heads) for t in range(tiles)}
+    assert all(batch == attention_sm90_load.NOTHING for batch, _, _ in beyond)
+    for start in range(0, pairs, section):  # within a section, whose keys stay in L2, the longest tiles come first
+        part = [int(tile) for _, _, tile in there[tiles * start : tiles * min(start + section, pairs)]]
+        assert part == sorted(part)
