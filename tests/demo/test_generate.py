@@ -31,7 +31,7 @@ class Clock(io.StringIO):
         return super().write(text)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected() -> str:
     """What transformers itself writes after PROMPT, unpatched."""
     model, tokenizer = load_causal_lm(device="cpu")
