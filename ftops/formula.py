@@ -38,7 +38,8 @@ def attention_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positio
     return (weights @ value).transpose(1, 2).to(q.dtype).contiguous()
 
 
-def visible_keys(positions: torch.Tensor, keys: int, causal: bool, window: tuple[int, int], kv_lengths: torch.Tensor | None) -> torch.Tensor:
+def visible_keys(positions: torch.Tensor, keys: int, causal: bool, window: tuple[int, int],
+                 kv_lengths: torch.Tensor | None) -> torch.Tensor:
     """bool [B or 1, Sq, keys]: which key each query may see."""
     index = torch.arange(keys, device=positions.device)
     distance = index - positions.unsqueeze(-1)
