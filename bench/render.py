@@ -133,7 +133,7 @@ def plot(content: dict[str, Any], file: Path) -> None:
     axes.set_title(f"{content['machine']['device']}: time of the fastest peer over that of ftops (right of 1: ftops is faster)", fontsize=8)
     for place, (_, ratio, peer) in enumerate(rows):
         axes.annotate(f" {ratio:.2f} x {peer}", (max(ratio, 1), place), va="center", fontsize=6)
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.6)
+    axes.set_xlim(right=max(axes.get_xlim()[1] * 1.6, 3))  # room for the labels
     figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
 

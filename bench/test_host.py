@@ -65,8 +65,27 @@ def append_kv(device: torch.device) -> Calls:
     return {OURS: lambda: ops.append_kv(k, v, *caches, positions), "torch": in_torch}
 
 
+def launch(device: torch.device) -> Calls:
+    """A kernel of six arguments that does nothing."""
+    if device.type != "cuda":
+        pytest.skip("a launch needs a GPU")
+    from ftops.numba_kernels.compile import Spec
+    from ftops.numba_kernels.launch import load
+    kernel = load(Spec(make_nothing, None, "ppplif", threads=32), torch.cuda.current_device())
+    x = torch.zeros(1, device=device)
+    address = x.data_ptr()
+    return {OURS: lambda: kernel(1, 1, 1, address, address, address, 1, 1, 1.0), "torch add": lambda: x + x}
+
+
+def make_nothing(_: None) -> Callable[..., None]:
+    def nothing(x_gl, y_gl, z_gl, rows, length, scale):
+        return
+    return nothing
+
+
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("calls_of", [rms_norm, rms_norm_residual, attention, decode_attention, append_kv], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("calls_of", [launch, rms_norm, rms_norm_residual, attention, decode_attention, append_kv],
+                         ids=lambda f: f.__name__)
 @torch.inference_mode()
 def test_call(calls_of: Callable[[torch.device], Calls], keep: Callable[[Record], None], benchmark: Any, device: torch.device) -> None:
     """`op handle` is the same call without the checks of the public function."""
