@@ -14,7 +14,8 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 16, "d_kv": 16, "v_head_dim": 16, "rotary_dim": 8,
     "intermediate_size": 96, "ffn_dim": 96, "hidden_dim": 96, "d_ff": 96, "n_inner": 96, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
     "ffn_hidden_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "vocab_size": VOCABULARY, "type_vocab_size": 2, "sliding_window": 8,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_chunk_size": 16,
+    "chunk_size": 16, "state_size": 8, "vocab_size": VOCABULARY, "type_vocab_size": 2, "sliding_window": 8,
     "max_position_embeddings": 128, "n_positions": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1,
 }
 MOST_PARAMETERS = 3_000_000
