@@ -9,14 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ftops import __version__
-from ftops.ops import OPS, compiler_problem, kernel_cache, kernel_file
+from ftops.ops import OPS, compiler_problem, kernel_cache, kernel_file, oldest_capability
 
 # Several names: the wheels of CUDA 12 carry it as a suffix.
 PACKAGES = (
     ("transformers",), ("accelerate",), ("numpy",), ("numba",), ("numba-cuda",), ("cuda-bindings",),
     ("nvidia-nvvm", "nvidia-cuda-nvcc-cu12"), ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12"),
 )
-OLDEST = (8, 0)
 
 
 def installed(*names: str) -> str | None:
@@ -37,9 +36,9 @@ def missing_for_gpu() -> list[str]:
     elif not torch.cuda.is_available():
         missing.append(f"PyTorch is built for CUDA {torch.version.cuda} but finds no device: `nvidia-smi` must list a GPU, and its driver "
                        f"must support CUDA {torch.version.cuda}")
-    elif torch.cuda.get_device_capability() < OLDEST:
+    elif torch.cuda.get_device_capability() < oldest_capability():
         missing.append(f"{torch.cuda.get_device_name()} has compute capability {_dotted(torch.cuda.get_device_capability())}; "
-                       f"the kernels need {_dotted(OLDEST)}")
+                       f"the kernels need {_dotted(oldest_capability())}")
     problem = compiler_problem()
     if problem:
         missing.append(problem)

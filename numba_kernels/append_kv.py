@@ -18,11 +18,10 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
-from ftops.numba_kernels.narrow import make_narrow
+from ftops.numba_kernels.narrow import NARROW_NAME, make_narrow
 from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, words_of
 
 SIGNATURE = "pppppppp" + "llll" * 4 + "lll" + "ll" + "iiiiiii"
-CACHES_8BIT = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
 THREADS, ACCESSES = 256, 4
 FEW_TOKENS = 1024  # up to here a thread makes one access, so that more multiprocessors take part; beyond, four are on their way at once
 
@@ -38,7 +37,7 @@ class Config:
 
 def pick(dtype: torch.dtype, cache: torch.dtype, wide: bool) -> Config:
     """wide: 16 bytes of k and v are one access, and so is what becomes of them in the cache."""
-    narrow = CACHES_8BIT.get(cache, "same")
+    narrow = NARROW_NAME.get(cache, "same")
     name = "float16" if narrow == "same" and dtype is torch.bfloat16 else DTYPE_NAME[dtype]
     return Config(name, narrow, 16 // ITEM[name] if wide else 1)
 
@@ -116,7 +115,7 @@ def variants() -> Iterator[Spec]:
     """Every variant that `pick` can give."""
     for wide in (True, False):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for cache in CACHES_8BIT:
+            for cache in NARROW_NAME:
                 yield spec(pick(dtype, cache, wide))
             if dtype is not torch.bfloat16:
                 yield spec(pick(dtype, dtype, wide))

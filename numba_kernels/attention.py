@@ -12,7 +12,7 @@ import torch
 from ftops.numba_kernels import attention_mma, attention_plain, attention_sm90
 from ftops.numba_kernels.attention_common import UNBOUNDED, address
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.launch import Kernel, empty_like, load
+from ftops.numba_kernels.launch import Kernel, architecture, empty_like, load
 from ftops.numba_kernels.rows import DTYPE_NAME
 
 NO_STRIDES = (0, 0, 0)
@@ -23,11 +23,6 @@ def variants() -> Iterator[Spec]:
     yield from attention_sm90.variants()
     yield from attention_mma.variants()
     yield from attention_plain.variants()
-
-
-@functools.cache
-def _hopper(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache
@@ -71,17 +66,17 @@ def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int, queri
         packed = starts_q is not None
         bias = bias if bias is None else _readable_bias(bias)
         bias_strides = NO_STRIDES if bias is None else _byte_strides(bias, False)
-        if q.dtype is not torch.float32 and _hopper(q.device.index):
+        if q.dtype is not torch.float32 and architecture(q.device.index) == "sm_90a":
             kernel = attention_sm90.kernel(q.dtype, dim, extras, q.device.index)
             attention_sm90.start(kernel, q, k, v, out, batch, queries, keys, scale, left, right, softcap, bias, bias_strides, alibi_slopes,
                                  lengths, starts_q, starts_kv)
-            return out if dim == wanted_dim else out[..., :wanted_dim].contiguous()
-        kernel, rows = _kernel(q.dtype, dim, extras, q.device.index)
-        tiles = -(-queries // rows)
-        kernel(tiles * heads * batch, 1, 1, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), address(bias),
-               address(alibi_slopes), address(lengths), address(starts_q), address(starts_kv), *_byte_strides(q, packed),
-               *_byte_strides(k, packed), *_byte_strides(v, packed), *bias_strides, queries, keys, heads, heads // k.shape[2], dim, tiles,
-               left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
+        else:
+            kernel, rows = _kernel(q.dtype, dim, extras, q.device.index)
+            tiles = -(-queries // rows)
+            kernel(tiles * heads * batch, 1, 1, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), address(bias),
+                   address(alibi_slopes), address(lengths), address(starts_q), address(starts_kv), *_byte_strides(q, packed),
+                   *_byte_strides(k, packed), *_byte_strides(v, packed), *bias_strides, queries, keys, heads, heads // k.shape[2], dim,
+                   tiles, left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
     return out if dim == wanted_dim else out[..., :wanted_dim].contiguous()
 
 

@@ -13,6 +13,8 @@ from ftops.numba_kernels import ptx
 # and bias (batch, head, row); Sq, Skv, heads, query heads a kv head, head_dim, row tiles, window left and right, bias is float32;
 # scale, softcap. Packed sequences have batch strides of 0.
 SIGNATURE = "ppppppppp" + "lllllllll" + "lll" + "iiiiiiiii" + "ff"
+LOG2E = np.float32(1.4426950408889634)
+MINUS_INFINITY = np.float32(-np.inf)
 UNBOUNDED = 1 << 30  # a window end beyond every key; positions +- it stay within int32
 
 

@@ -13,11 +13,10 @@ import numpy as np
 from numba import cuda
 
 from ftops.numba_kernels import ptx
-from ftops.numba_kernels.attention_common import SIGNATURE, make_locate
+from ftops.numba_kernels.attention_common import MINUS_INFINITY, SIGNATURE, make_locate
 from ftops.numba_kernels.compile import Spec
 
 ROWS, WARPS = 4, 4  # query rows a warp: each K or V element that is read serves so many
-MINUS_INFINITY = np.float32(-np.inf)
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,16 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels import ptx_sm90 as hopper
-from ftops.numba_kernels.attention_common import address
-from ftops.numba_kernels.attention_mma import make_shape_scores
+from ftops.numba_kernels.attention_common import LOG2E, address
+from ftops.numba_kernels.attention_scores import make_hide, make_shape_scores
 from ftops.numba_kernels.attention_sm90_config import CHUNK, HEAD_DIMS, INFO_BYTES, INFO_SLOTS, Config, pick
 from ftops.numba_kernels.attention_sm90_load import NOTHING, make_produce
 from ftops.numba_kernels.attention_sm90_math import make_clear, make_products, make_softmax, make_store
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.flash import make_hide
 from ftops.numba_kernels.launch import Kernel, load, multiprocessors
 from ftops.numba_kernels.rows import DTYPE_NAME
 from ftops.numba_kernels.tma import tiles as tiles_of
 
-LOG2E = np.float32(1.4426950408889634)
 # Tensor maps of q, k, v; out, bias, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_kv, counters (0 = not given); strides in bytes of
 # bias (batch, head, row); Sq, Skv, heads, query heads a kv head, head_dim, batch, tiles a sequence, pairs of sequence and head a section,
 # window left and right, bias is float32; scale, softcap.

@@ -12,9 +12,9 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels import ptx_sm90 as hopper
+from ftops.numba_kernels.attention_common import MINUS_INFINITY
 from ftops.numba_kernels.attention_sm90_config import Config
 
-MINUS_INFINITY = np.float32(-np.inf)
 # Matrix descriptors: 128-byte swizzle, groups of 8 rows 1024 bytes apart; bits 16 to 29: from one 64-column chunk to the next, in 16 bytes,
 # read for MN-major operands alone.
 _SWIZZLED = (1 << 62) | (64 << 32)

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+OLDEST = (8, 0)  # compute capability: packed 16-bit conversions, cp.async and mma of bfloat16 begin there
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")  # what the tests compile for
 _FORMAT = 1
 _MAGIC = b"ftops cubin\n"

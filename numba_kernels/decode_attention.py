@@ -12,11 +12,12 @@ import torch
 from ftops.numba_kernels import decode_combine, decode_mma, decode_plain
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.decode_common import GRID_Y, LOG2E
-from ftops.numba_kernels.launch import Kernel, empty_like, load, multiprocessors
+from ftops.numba_kernels.launch import Kernel, capability, empty_like, load, multiprocessors
+from ftops.numba_kernels.narrow import NARROW_NAME
+from ftops.numba_kernels.rows import DTYPE_NAME
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8",
-         torch.float8_e4m3fn: "float8_e4m3fn"}
+NAMES = DTYPE_NAME | NARROW_NAME
 MAX_SPLITS = 512
 # Measured on an H200. A multiprocessor's share of the bandwidth in bytes a us; in us, what a warp takes for 16 keys that are there already,
 # the start and end of a block, the combining kernel, and each split in it.
@@ -59,15 +60,10 @@ def pick_splits(blocks: int, tiles: int, tile_bytes: int, processors: int, resid
 
 
 @functools.cache
-def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
 def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pairs: int, keys: int, fits: bool,
           device: int) -> tuple[Kernel, Kernel | None, int, int, int]:
     """(kernel, combining kernel if there are splits, blocks a split, row tiles, splits) for `pairs` of a sequence and a kv head."""
-    dependent = _capability(device) >= (9, 0)
+    dependent = capability(device) >= (9, 0)
     if fits:
         config = decode_mma.pick(NAMES[dtype], "16-bit" if cache is dtype else NAMES[cache], head_dim, rows)
         row_tiles, tile = -(-rows // config.rows), decode_mma.KEYS * config.warps
@@ -105,7 +101,7 @@ def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length
     q_at, k_at, v_at = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
     unit = 8 if cache is dtype else 16  # elements of 16 bytes
     steps = head_dim | k_page | k_slot | k_head | v_page | v_slot | v_head
-    fits = not (steps % unit or (k_at | v_at) & 15) and dtype is not torch.float32 and _capability(device.index) >= (8, 0)
+    fits = not (steps % unit or (k_at | v_at) & 15) and dtype is not torch.float32
     fits = fits and max(pages * k_page + page_size * k_slot, pages * v_page + page_size * v_slot) // unit < 2 ** 32
     if (q_dense != 1 and head_dim > 1) or (fits and (q_at & 15 or (q_batch | q_new | q_head) & 7)):
         q = q.clone(memory_format=torch.contiguous_format)

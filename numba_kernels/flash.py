@@ -13,8 +13,7 @@ import numpy as np
 from numba import cuda
 
 from ftops.numba_kernels import ptx
-
-MINUS_INFINITY = np.float32(-np.inf)
+from ftops.numba_kernels.attention_common import MINUS_INFINITY
 
 
 @dataclass(frozen=True)
@@ -228,33 +227,6 @@ def make_softmax(head_dim: int, keys: int, row_tiles: int) -> tuple[Callable, Ca
             scale(out, r * row_size, inverse[2 * r], inverse[2 * r + 1])
 
     return softmax, finish
-
-
-def make_hide(keys: int, row_tiles: int) -> Callable:
-    """hide(score, first, position, left, right, limit): -inf at keys that a row must not see. `first` is the tile's first key, `position`
-    the place of the block's first row among the keys: a row sees [place - left, place + right], and nothing at or beyond limit.
-    """
-    halves, tiles = 2 * row_tiles, keys // 8
-
-    @cuda.jit(device=True, forceinline=True)
-    def hide(score, first, position, left, right, limit):
-        thread = np.int32(ptx.here(np.uint32(cuda.threadIdx.x)))
-        column = np.int32(first + np.int32(2) * (thread & np.int32(3)))
-        row = np.int32(position + (thread >> np.int32(5)) * np.int32(16 * row_tiles) + ((thread & np.int32(31)) >> np.int32(2)))
-        for h in range(halves):
-            at = (h // 2) * tiles * 4 + 2 * (h % 2)
-            low = np.int32(row + np.int32(8 * h) - left)
-            high = np.int32(min(np.int32(row + np.int32(8 * h) + right), np.int32(limit - np.int32(1))))
-            # One unsigned comparison for both ends; where high < low nothing passes.
-            span = np.uint32(high - low) if high >= low else np.uint32(0)
-            start = np.uint32(column - low) if high >= low else np.uint32(0x80000000)
-            for j in range(tiles):
-                if np.uint32(start + np.uint32(8 * j)) > span:
-                    score[at + 4 * j] = MINUS_INFINITY
-                if np.uint32(start + np.uint32(8 * j + 1)) > span:
-                    score[at + 4 * j + 1] = MINUS_INFINITY
-
-    return hide
 
 
 def make_store(dtype: str, head_dim: int, row_tiles: int) -> Callable:

@@ -11,16 +11,26 @@ import threading
 
 import torch
 
-from ftops.numba_kernels.compile import Spec, cubin
+from ftops.numba_kernels.compile import OLDEST, Spec, cubin
 
 _FORMATS = {"p": "Q", "i": "i", "u": "I", "l": "q", "f": "f", "t": "128s"}
 _LOCK = threading.Lock()
 
 
 @functools.cache
+def capability(device: int) -> tuple[int, int]:
+    """The device's compute capability. Raises RuntimeError below OLDEST, for which no kernel can be compiled."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST:
+        raise RuntimeError(f"cuda:{device}, {torch.cuda.get_device_name(device)}, has compute capability {major}.{minor}; ftops kernels "
+                           f"need {OLDEST[0]}.{OLDEST[1]} or above: use another GPU, or the CPU")
+    return major, minor
+
+
+@functools.cache
 def architecture(device: int) -> str:
     """ "sm_90a" for Hopper, whose own instructions need the a; otherwise "sm_<major><minor>"."""
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numba import cuda
 
 from ftops.numba_kernels import ptx
+
+NARROW_NAME = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
 
 
 def make_widen(cache: str) -> tuple[Callable, Callable]:

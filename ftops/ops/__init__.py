@@ -39,6 +39,12 @@ def kernel_cache() -> Path:
     return cache_folder()
 
 
+def oldest_capability() -> tuple[int, int]:
+    """The lowest compute capability of a GPU that the kernels serve."""
+    from ftops.numba_kernels.compile import OLDEST
+    return OLDEST
+
+
 def compiler_problem() -> str | None:
     """Why kernels cannot be compiled here and what to do about it, or None."""
     from ftops.numba_kernels.compile import compiler_problem

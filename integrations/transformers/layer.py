@@ -15,7 +15,15 @@ from ftops.block import Block, BlockSpec
 from ftops.integrations.transformers.arch import Arch, Unfit, follow
 from ftops.integrations.transformers.attention import INSTEAD, ROWS, SILENT, register, weights_requested
 from ftops.integrations.transformers.cache import attend, causal_bias, is_rows, unfit_cache
-from ftops.integrations.transformers.swap import Swapped, bypassable, change_class, offloaded, original_class, own_forward, swapped_class
+from ftops.integrations.transformers.swap import (
+    Swapped,
+    bypassable,
+    change_class,
+    forward_replaced,
+    offloaded,
+    original_class,
+    swapped_class,
+)
 from ftops.integrations.transformers.weights import assemble, check_parts, check_rows, release
 
 # Where the modules inside of a layer may come from, besides the layer's own file.
@@ -31,7 +39,7 @@ def examine(arch: Arch, layer: nn.Module) -> BlockSpec:
     for name, module in layer.named_modules():
         if name and not bypassable(module):
             raise Unfit(f"accelerate hooks {name}")
-        if "_hf_hook" not in module.__dict__ and not own_forward(module):
+        if forward_replaced(module):
             raise Unfit(f"the forward of {name or 'the layer'} was replaced")
         kind = original_class(module)
         if not kind.__module__.startswith(KNOWN) and kind.__module__ != type(layer).__module__:
@@ -153,7 +161,7 @@ class FusedLayer(Swapped):
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
             return "attention_mask is not 4-D"
         cache = given.get(state.arch.cache)
-        unfit = None if cache is None else unfit_cache(cache, state.index)
+        unfit = unfit_cache(cache, state.index)
         if unfit is not None or torch.compiler.is_compiling():
             return unfit
         return state.disturbed()

@@ -15,7 +15,7 @@ from torch import nn
 
 from ftops import ops
 from ftops.integrations.transformers.arch import Unfit
-from ftops.integrations.transformers.swap import Swapped, change_class, offloaded, original_class, own_forward, swapped_class
+from ftops.integrations.transformers.swap import Swapped, change_class, forward_replaced, offloaded, original_class, swapped_class
 from ftops.op import DTYPES
 
 
@@ -40,7 +40,7 @@ def examine_norm(module: nn.Module) -> NormState:
     """How the ops compute this norm. Raises Unfit with the reason. Changes nothing."""
     if offloaded(module):
         raise Unfit("accelerate offloads it")
-    if "_hf_hook" not in module.__dict__ and not own_forward(module):
+    if forward_replaced(module):
         raise Unfit("its forward was replaced")
     if module.weight.device.type not in ("cpu", "cuda") or module.weight.dtype not in DTYPES or type(module.weight) is not nn.Parameter:
         raise Unfit(f"its weight is {module.weight.dtype} on {module.weight.device.type}")

@@ -44,6 +44,11 @@ def own_forward(module: nn.Module) -> bool:
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether someone put another forward on the instance; that of an accelerate hook is no replacement."""
+    return "_hf_hook" not in module.__dict__ and not own_forward(module)
+
+
 def offloaded(module: nn.Module) -> bool:
     """Whether a hook of accelerate brings the module's weights when it runs and takes them away afterwards."""
     return any(getattr(hook, "offload", False) for hook in _hooks(module))

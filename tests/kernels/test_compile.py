@@ -7,9 +7,11 @@ import warnings
 from collections import defaultdict
 
 import pytest
+import torch
 
 from ftops.numba_kernels import KERNELS, variants, variants_of
 from ftops.numba_kernels.compile import ARCHITECTURES, Cubin, compile_spec
+from ftops.numba_kernels.launch import capability
 from ftops.numba_kernels.prebuild import build_all, complaints
 from tests.kernels import tiny
 
@@ -97,3 +99,10 @@ def test_resources_are_those_of_the_kernel():
     assert (made.spill_bytes, made.stack_bytes, made.warnings) == (0, 0, ())
     assert made.entry.encode() in made.code and "fill" in made.entry
     assert complaints(tiny.fill(), made) == ""
+
+
+def test_a_gpu_that_no_kernel_serves_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(RuntimeError, match=r"cuda:1, Tesla T4, has compute capability 7\.5; ftops kernels need 8\.0 or above"):
+        capability.__wrapped__(1)
