@@ -36,6 +36,8 @@ def attend(spec: BlockSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c
     fresh = cache is not None and (index >= len(cache.layers) or not cache.layers[index].is_initialized)
     keys, values, filled = k, v, None
     if cache is not None:
+        if cache.offloading:  # transformers before 5.23 may fetch a layer that is still on its way to the host: measured, wrong tokens
+            cache.prefetch_stream.wait_stream(torch.cuda.current_stream(k.device))
         keys, values = (t.transpose(1, 2) for t in cache.update(k.transpose(1, 2), v.transpose(1, 2), index))
         filled = _filled(cache.layers[index], keys.shape[1])
     if not is_rows(mask):
