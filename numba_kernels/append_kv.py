@@ -1,8 +1,7 @@
 """append_kv on the GPU: cache[row, slot] = k[b, t] for keys and values, quantised on the way where the cache has 8 bits.
 
 A thread moves 16 bytes of a key or value at a time (one element where addresses or strides do not allow that), those of up to four
-tokens together; a block takes whole tokens of keys (y = 0) or of values (y = 1). Quantising divides by the scale, as the reference does:
-a product with its reciprocal rounds otherwise.
+tokens together; a block takes whole tokens of keys (y = 0) or of values (y = 1).
 Floor: (reads of k and v + writes of their places in the cache) / copy bandwidth; of a few tokens, the latency of a launch.
 """
 from __future__ import annotations
@@ -18,7 +17,7 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
-from ftops.numba_kernels.narrow import NARROW_NAME, make_narrow
+from ftops.numba_kernels.narrow import NARROW_NAME, make_narrow, scaled_down
 from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, words_of
 
 SIGNATURE = "pppppppp" + "llll" * 4 + "lll" + "ll" + "iiiiiii"
@@ -71,6 +70,10 @@ def make(config: Config) -> Callable:
         for turn in range(np.int32(cuda.threadIdx.x) - own * team, a_token if own < teams else 0, team):
             head = np.int64(ptx.div_u32(turn, units))
             element = (turn - head * units) * vec
+            scale = inverse = np.float32(1)
+            if quantises:
+                scale = ptx.ld_global_f32(scale_gl + 4 * head)
+                inverse = ptx.divide_rn(np.float32(1), scale)
             for i in range(ACCESSES):
                 token, place[i], slot[i] = first_token + own + i * teams, -1, -1
                 live = own + i * teams < tokens_a_block and token < tokens
@@ -96,10 +99,9 @@ def make(config: Config) -> Callable:
                 if place[i] < pages and slot[i] >= 0 and slot[i] < capacity:
                     to = cache_gl + cache_item * (place[i] * k_page + slot[i] * k_slot + head * k_cache_head + element * k_cache_dense)
                     if quantises:
-                        scale = ptx.ld_global_f32(scale_gl + 4 * head)
                         unpack(words, n_words * i, values, 0)
                         for n in range(vec):
-                            values[n] = ptx.divide_rn(values[n], scale)
+                            values[n] = scaled_down(values[n], scale, inverse)
                         narrow(to, values)
                     else:
                         copy(to, 1, words, n_words * i)

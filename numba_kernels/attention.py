@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ftops.numba_kernels import attention_mma, attention_plain, attention_sm90
+from ftops.numba_kernels import attention_library, attention_mma, attention_plain, attention_sm90
 from ftops.numba_kernels.attention_common import UNBOUNDED, address
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, architecture, empty_like, load
@@ -52,14 +52,16 @@ def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int, queri
             starts_q: torch.Tensor | None, starts_kv: torch.Tensor | None) -> torch.Tensor:
     """starts_q and starts_kv: `batch` sequences lie end to end in row 0 of q, k and v."""
     wanted_dim = q.shape[3]
+    left = left if 0 <= left < UNBOUNDED else UNBOUNDED
+    right = 0 if causal else right if 0 <= right < UNBOUNDED else UNBOUNDED
+    if q.dtype is torch.float32 and attention_library.serves(q, k, left, right, softcap, bias, alibi_slopes, lengths, starts_q):
+        return attention_library.attention(q, k, v, right == 0, scale, bias)
     q, k, v = _readable(q), _readable(k), _readable(v)
     _, _, heads, dim = q.shape
     out = empty_like(q)
     if k.numel() == 0:
         out.zero_()
     elif out.numel() and batch and queries:
-        left = left if 0 <= left < UNBOUNDED else UNBOUNDED
-        right = 0 if causal else right if 0 <= right < UNBOUNDED else UNBOUNDED
         extras = softcap > 0 or bias is not None or alibi_slopes is not None or scale <= 0
         alibi_slopes, lengths = _dense(alibi_slopes), _dense(lengths)
         starts_q, starts_kv = _dense(starts_q), _dense(starts_kv)

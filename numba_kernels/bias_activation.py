@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from numba import cuda
 
+from ftops.numba_kernels import ptx
 from ftops.numba_kernels.activation import FORMS, make_activate
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.elementwise import THREADS, Config, blocks, configs, make_place, pick, tiling
-from ftops.numba_kernels.launch import Kernel, empty_like, load
+from ftops.numba_kernels.launch import Kernel, empty_like, load, multiprocessors
 from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, rows_of, widest, words_of
 
 INPUTS = 1
@@ -22,25 +23,29 @@ INPUTS = 1
 
 def make(config: Config) -> Callable:
     vec, item, each = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec)
-    rows_each, kept = config.rows, config.rows * each
+    most, kept = config.rows, config.rows * each
     fetch, store = make_io(config.dtype, vec)
     unpack, pack = make_convert(config.dtype, vec)
     place, activate = make_place(config), make_activate(vec)
 
-    def bias_activation(x_gl, bias_gl, y_gl, x_stride, rows, length, shift, tiles, form, linear, cubic):
-        row, column, apart, left = place(shift, tiles, rows, length)
+    def bias_activation(x_gl, bias_gl, y_gl, x_stride, rows, length, shift, tiles, rows_each, form, linear, cubic):
+        row, column, apart, left = place(shift, tiles, rows, length, rows_each)
         x_at, x_step = x_gl + np.uint64((row * x_stride + column) * item), np.uint64(apart * x_stride * item)
         y_at, y_step = y_gl + np.uint64((row * length + column) * item), np.uint64(apart * length * item)
         words = cuda.local.array(kept, np.uint32)
         biases = cuda.local.array(each, np.uint32)
         values = cuda.local.array(vec, np.float32)
         shifts = cuda.local.array(vec, np.float32)
-        for i in range(rows_each):
+        ptx.wait_for_primary()
+        ptx.launch_dependents()
+        for i in range(most):
             fetch(x_at, i * apart < left, words, i * each)
             x_at += x_step
         fetch(bias_gl + np.uint64(column * item), left > 0 and bias_gl != np.uint64(0), biases, 0)
         unpack(biases, 0, shifts, 0)
-        for i in range(rows_each):
+        for i in range(most):
+            if i >= rows_each:
+                break
             unpack(words, i * each, values, 0)
             for j in range(vec):
                 values[j] += shifts[j]
@@ -53,7 +58,7 @@ def make(config: Config) -> Callable:
 
 
 def spec(config: Config) -> Spec:
-    return Spec(make, config, "pppllluuiff", THREADS, min_blocks=4)
+    return Spec(make, config, "pppllluuuiff", THREADS, min_blocks=4, dependent=True)
 
 
 def variants() -> Iterator[Spec]:
@@ -62,8 +67,8 @@ def variants() -> Iterator[Spec]:
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, length: int, vec: int, device: int) -> tuple[Kernel, int, int]:
-    return load(spec(pick(DTYPE_NAME[dtype], vec, INPUTS)), device), *tiling(length, vec)
+def _kernel(dtype: torch.dtype, length: int, vec: int, device: int) -> tuple[Kernel, int, int, int]:
+    return load(spec(pick(DTYPE_NAME[dtype], vec, INPUTS)), device), *tiling(length, vec), multiprocessors(device)
 
 
 def launch(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
@@ -78,8 +83,8 @@ def launch(x: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tenso
         bias_at = bias.data_ptr()
     item, x_at = x.element_size(), x.data_ptr()
     vec = widest(item, (length | stride) * item | x_at | bias_at)
-    kernel, shift, tiles = _kernel(x.dtype, length, vec, x.device.index)
+    kernel, shift, tiles, processors = _kernel(x.dtype, length, vec, x.device.index)
     rows = x.numel() // length
-    kernel(blocks(rows, shift, tiles, kernel.spec.config.rows), 1, 1, x_at, bias_at, y.data_ptr(), stride, rows, length, shift, tiles,
-           *FORMS[kind])
+    count, rows_each = blocks(rows, shift, tiles, kernel.spec.config.rows, processors)
+    kernel(count, 1, 1, x_at, bias_at, y.data_ptr(), stride, rows, length, shift, tiles, rows_each, *FORMS[kind])
     return y

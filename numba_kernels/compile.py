@@ -35,7 +35,9 @@ class Spec:
 
     signature: one letter a parameter: p = pointer, i = int32, u = uint32, l = int64, f = float32, t = tensor map (128 bytes, first of all).
     threads: of a block, the launch bound. shared_bytes: dynamic shared memory, up to 227 KiB. min_blocks: resident blocks per
-    multiprocessor that registers must allow. cluster: blocks of a cluster (sm_90 and up). dependent: programmatic dependent launch.
+    multiprocessor that registers must allow. cluster: blocks of a cluster (sm_90 and up).
+    dependent: programmatic dependent launch, where the GPU has it (sm_90 and up): the kernel may start before the one before it has ended,
+    and calls `ptx.wait_for_primary` before it touches what others write.
     spills: bytes of spills that are known, and why beside the Config. only: the one architecture whose instructions it uses, or None.
     """
 

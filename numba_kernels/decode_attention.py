@@ -60,9 +60,10 @@ def pick_splits(blocks: int, tiles: int, tile_bytes: int, processors: int, resid
 
 
 @functools.cache
-def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pairs: int, keys: int, fits: bool,
-          device: int) -> tuple[Kernel, Kernel | None, int, int, int]:
-    """(kernel, combining kernel if there are splits, blocks a split, row tiles, splits) for `pairs` of a sequence and a kv head."""
+def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pairs: int, keys: int, fits: bool, fixed_split: int,
+          device: int) -> tuple[Kernel, Kernel | None, int, int, int, int]:
+    """(kernel, combining kernel if there are splits, blocks a split, row tiles, splits, tiles a split or 0) for `pairs` of a sequence and a
+    kv head. With fixed_split nothing that the result depends on comes from `pairs` or `keys`."""
     dependent = capability(device) >= (9, 0)
     if fits:
         config = decode_mma.pick(NAMES[dtype], "16-bit" if cache is dtype else NAMES[cache], head_dim, rows)
@@ -75,13 +76,16 @@ def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pair
         row_tiles, tile = rows, decode_plain.KEYS * decode_plain.WARPS
         splits, _ = pick_splits(pairs * row_tiles, -(-keys // tile), 2 * tile * head_dim * cache.itemsize, multiprocessors(device), 4)
         spec = decode_plain.spec(decode_plain.Config(NAMES[cache]))
+    fixed = -(-fixed_split // tile)
+    if fixed:
+        splits = -(-keys // (fixed * tile))
     combine = load(decode_combine.spec(decode_combine.Config(), dependent), device) if splits > 1 else None
-    return load(spec, device), combine, pairs * row_tiles, row_tiles, splits
+    return load(spec, device), combine, pairs * row_tiles, row_tiles, splits, fixed
 
 
 def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None,
            scale: float, window: int, softcap: float, bias: torch.Tensor | None, alibi_slopes: torch.Tensor | None,
-           k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> torch.Tensor:
+           k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, fixed_split: int = 0) -> torch.Tensor:
     dtype, cache, device = q.dtype, k_cache.dtype, q.device
     batch, new, heads, head_dim = q.shape
     pages, page_size, kv_heads, _ = k_cache.shape
@@ -133,7 +137,8 @@ def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length
 
     keys = capacity if window < 0 else min(capacity, window + new)
     group, pairs = heads // kv_heads, batch * kv_heads
-    kernel, combine, blocks, row_tiles, splits = _plan(dtype, cache, head_dim, new * group, pairs, (keys + 63) & -64, fits, device.index)
+    kernel, combine, blocks, row_tiles, splits, fixed = _plan(
+        dtype, cache, head_dim, new * group, pairs, (keys + 63) & -64, fits, fixed_split, device.index)
     out_at, partial_at, lse_at = out.data_ptr(), 0, 0
     if combine:
         width = (head_dim + 3) & -4
@@ -143,7 +148,7 @@ def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length
     kernel(splits, min(blocks, GRID_Y), -(-blocks // GRID_Y), q_at, k_at, v_at, lengths.data_ptr(), table_at, bias_at, slopes_at,
            k_scale_at, v_scale_at, out_at, partial_at, lse_at, q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head,
            k_page, k_slot, k_head, v_page, v_slot, v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks,
-           window, kinds, scale, cap)
+           window, kinds, fixed, scale, cap)
     if combine:
         shift = max(3, (width // 4 - 1).bit_length())
         combine(lines, 1, 1, partial_at, lse_at, out_at, splits, head_dim, shift, kinds >> 2)

@@ -32,38 +32,37 @@ def make(config: Config) -> Callable:
     zero, lowest, nothing = np.float32(0), np.float32(-1e30), np.float32(-np.inf)
 
     def decode_combine(partial_gl, lse_gl, out_gl, splits, head_dim, shift, kind):
-        ptx.wait_for_primary()
-        ptx.launch_dependents()
         sums_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
-        team, step = thread >> shift, ahead * (threads >> shift)
-        column, line, width = 4 * (thread - (team << shift)), np.int64(cuda.blockIdx.x), (head_dim + 3) & -4
+        team, step = np.int32(thread >> shift), np.int32(ahead * (threads >> shift))
+        column, line, width = np.int32(4 * (thread - (team << shift))), np.int64(cuda.blockIdx.x), np.int32((head_dim + 3) & -4)
+        base, pitch = np.int32(ahead * team), np.int64(4 * width)
+        lse_at = np.int64(lse_gl) + 4 * (line * splits + base)
+        part_at = np.int64(partial_gl) + (line * splits + base) * pitch + 4 * column
         lse = cuda.local.array(ahead, np.float32)
         part = cuda.local.array(n_part, np.float32)
         highest, whole, a, b, c, d = lowest, zero, zero, zero, zero, zero
-        if column < width:
-            for base in range(ahead * team, splits, step):
-                for i in range(ahead):
-                    at = line * splits + base + i
-                    lse[i] = nothing
-                    for j in range(4):
-                        part[4 * i + j] = zero
-                    if base + i < splits:
-                        lse[i] = ptx.ld_written_f32(np.int64(lse_gl) + 4 * at)
-                        words = ptx.ld_written_128(np.int64(partial_gl) + 4 * (at * width + column))
-                        for j in range(4):
-                            part[4 * i + j] = ptx.bits_f32(words[j])
-                before = highest
-                for i in range(ahead):
-                    highest = ptx.maximum(highest, lse[i])
-                weight = ptx.exp2(before - highest)
-                whole, a, b, c, d = whole * weight, a * weight, b * weight, c * weight, d * weight
-                for i in range(ahead):
-                    if lse[i] != nothing:  # a split that saw nothing has left its part unwritten
-                        weight = ptx.exp2(lse[i] - highest)
-                        whole += weight
-                        a, b = ptx.fma(weight, part[4 * i], a), ptx.fma(weight, part[4 * i + 1], b)
-                        c, d = ptx.fma(weight, part[4 * i + 2], c), ptx.fma(weight, part[4 * i + 3], d)
+        ptx.wait_for_primary()
+        ptx.launch_dependents()
+        while base < splits and column < width:
+            for i in range(ahead):
+                there = np.uint32(1) if np.int32(base + i) < splits else np.uint32(0)
+                lse[i] = ptx.ld_written_f32_if(lse_at + 4 * i, there, nothing)
+                words = ptx.ld_written_128_if(part_at + i * pitch, there)
+                for j in range(4):
+                    part[4 * i + j] = ptx.bits_f32(words[j])
+            before = highest
+            for i in range(ahead):
+                highest = ptx.maximum(highest, lse[i])
+            weight = ptx.exp2(before - highest)
+            whole, a, b, c, d = whole * weight, a * weight, b * weight, c * weight, d * weight
+            for i in range(ahead):
+                if lse[i] != nothing:  # a split that saw nothing has left its part unwritten
+                    weight = ptx.exp2(lse[i] - highest)
+                    whole += weight
+                    a, b = ptx.fma(weight, part[4 * i], a), ptx.fma(weight, part[4 * i + 1], b)
+                    c, d = ptx.fma(weight, part[4 * i + 2], c), ptx.fma(weight, part[4 * i + 3], d)
+            base, lse_at, part_at = np.int32(base + step), lse_at + 4 * step, part_at + step * pitch
         if splits > ahead:  # more than one team has seen some
             ptx.st_shared_64(sums_sh + 16 * threads + 8 * thread, ptx.f32_bits(highest), ptx.f32_bits(whole))
             ptx.st_shared_128(sums_sh + 16 * thread, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))

@@ -8,23 +8,33 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 
-SIGNATURE = "pppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiiii" + "ff"
+SIGNATURE = "pppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiiiii" + "ff"
 LOG2E = 1.4426950408889634
 GRID_Y = 32768  # a grid has at most 65535 blocks along y: the rest goes along z
 LOWEST = -1e29  # a finite bias, however low, keeps its key: a row of nothing but the dtype's minimum attends evenly
 
 
 def make_key_range(tile: int) -> Callable:
-    """key_range(...) -> (length, start, low, high): length within the capacity, first visible key, tiles of `split` from that key on."""
+    """key_range(...) -> (length, start, low, high): length within the capacity, first visible key, tiles of `split` from that key on.
+
+    A split has `fixed` tiles if that is not 0; else all have their even share of what this sequence has.
+    """
     none = np.int32(0)
 
     @cuda.jit(device=True, forceinline=True)
-    def key_range(length, capacity, new, window, split, splits):
+    def key_range(length, capacity, new, window, split, splits, fixed):
         length = min(max(length, none), capacity)
         start = max(np.int32(length - new - window), none) if window >= 0 else none
         tiles = np.int32(np.uint32(length - start + (tile - 1)) // tile)
-        each = np.int32(ptx.div_u32(tiles, splits))
+        if fixed != none:
+            low = np.int32(split * fixed)
+            return length, start, low, min(np.int32(low + fixed), tiles)
+        each = np.int32(np.float32(tiles) * ptx.reciprocal(np.float32(splits)))  # a division by multiplication, mostly right
         rest = np.int32(tiles - each * splits)
+        while rest < 0:
+            each, rest = np.int32(each - 1), np.int32(rest + splits)
+        while rest >= splits:
+            each, rest = np.int32(each + 1), np.int32(rest - splits)
         low = np.int32(split * each + min(split, rest))
         return length, start, low, np.int32(low + each + (1 if split < rest else 0))
 

@@ -48,7 +48,7 @@ def make(config: Config) -> Callable:
 
     def decode_mma(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
                    q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head, v_page, v_slot,
-                   v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window, kinds, scale, cap):
+                   v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window, kinds, fixed, scale, cap):
         shared_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
@@ -64,7 +64,7 @@ def make(config: Config) -> Callable:
         ring_sh, bits_sh = shared_sh + warp * ring_bytes, shared_sh + bits_offset + warp * 4 * stages
         ptx.wait_for_primary()
         ptx.launch_dependents()  # the combining kernel may take its place, and waits there for the end of this one
-        length, start, low, high = key_range(np.int32(ptx.ld_written_32(lengths_gl)), capacity, new, window, split, splits)
+        length, start, low, high = key_range(np.int32(ptx.ld_written_32(lengths_gl)), capacity, new, window, split, splits, fixed)
 
         # The first tiles are on their way before q is asked for: theirs is the longer way.
         certain, last = np.int32(length - new), np.int32(length - 1)  # up to `certain` every row sees a key

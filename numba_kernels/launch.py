@@ -60,6 +60,7 @@ class Kernel:
         self._pack, self._launch, self._launch_ex = self._format.pack_into, driver.cuLaunchKernel, driver.cuLaunchKernelEx
         self._current_device, self._current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
         self._threads, self._shared_bytes = spec.threads, spec.shared_bytes
+        self._dependent = spec.dependent and capability(device) >= (9, 0)
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes the device's context current in this thread
             self._library = _checked(spec, driver.cuLibraryLoadData(self.cubin.code, [], [], 0, [], [], 0))
@@ -109,7 +110,7 @@ class Kernel:
 
     def _launch_config(self) -> object | None:
         spec, driver = self.spec, self._driver
-        if spec.cluster == 1 and not spec.dependent:
+        if spec.cluster == 1 and not self._dependent:
             return None
         attributes = []
         if spec.cluster > 1:
@@ -117,7 +118,7 @@ class Kernel:
             cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = spec.cluster, 1, 1
             attributes.append(cluster)
-        if spec.dependent:
+        if self._dependent:
             dependent = driver.CUlaunchAttribute()
             dependent.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             dependent.value.programmaticStreamSerializationAllowed = 1

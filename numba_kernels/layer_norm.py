@@ -96,6 +96,7 @@ def make(config: Config) -> Callable:
         weight_at, bias_at = weight_gl + np.uint64(first * item), bias_gl + np.uint64(first * item)
         words = cuda.local.array(kept, np.uint32)
         if reread:
+            ptx.wait_for_primary()
             # The mean of the first tile is near enough to centre all: its error squared is at most length / tile of the variance.
             gather(x_at, residual_at, np.uint64(0), 0, within(remains), words)
             mean = total(add_up(words)) * np.float32(1 / tile)
@@ -118,6 +119,8 @@ def make(config: Config) -> Callable:
             if rows <= FEW_ROWS:
                 prefetch(weight_at, weight_left)
                 prefetch(bias_at, bias_left)
+            ptx.wait_for_primary()
+            ptx.launch_dependents()
             gather(x_at, residual_at, sum_at, 0, left, words)
             mean = total(add_up(words)) * over_length
             rest, square = moments(words, left, mean)
@@ -131,7 +134,7 @@ def spec(config: Config) -> Spec:
     threads = config.threads * config.rows
     # Two blocks of a long row would spill on sm_120, more than 512 threads with 16 accesses on sm_90a.
     resident = threads if config.reread else 1024 if config.vec > 1 else 512
-    return Spec(make, config, SIGNATURE, threads, min_blocks=resident // threads)
+    return Spec(make, config, SIGNATURE, threads, min_blocks=resident // threads, dependent=True)
 
 
 def variants() -> Iterator[Spec]:

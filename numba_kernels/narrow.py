@@ -42,6 +42,14 @@ def make_widen(cache: str) -> tuple[Callable, Callable]:
 
 
 @cuda.jit(device=True, forceinline=True)
+def scaled_down(x, scale, inverse):
+    """x / scale rounded as a division rounds, inverse being 1 / scale: a product and one Newton step. Past what 8 bits hold, nearly so."""
+    quotient = x * inverse
+    exact = ptx.fma(ptx.fma(-quotient, scale, x), inverse, quotient)
+    return exact if abs(quotient) < np.float32(1024) else quotient
+
+
+@cuda.jit(device=True, forceinline=True)
 def e4m3_from_f32(x):
     """The byte of a float32 rounded to nearest even and clipped to +-448; NaN stays NaN."""
     bits = ptx.f32_bits(x)
@@ -64,12 +72,21 @@ def int8_from_f32(x):
 
 def make_narrow(cache: str, vec: int) -> Callable:
     """narrow(address, values): `vec` (8, 4 or 1) float32 values as bytes at an address that vec divides."""
-    byte = int8_from_f32 if cache == "int8" else e4m3_from_f32
+    @cuda.jit(device=True, forceinline=True)
+    def int8_pair(low, high):
+        return int8_from_f32(low) | int8_from_f32(high) << np.uint32(8)
+
+    @cuda.jit(device=True, forceinline=True)
+    def e4m3_pair(low, high):
+        if ptx.has_e4m3() != 0:
+            return ptx.e4m3_pair(low, high)
+        return e4m3_from_f32(low) | e4m3_from_f32(high) << np.uint32(8)
+
+    pair = int8_pair if cache == "int8" else e4m3_pair
 
     @cuda.jit(device=True, forceinline=True)
     def word(values, at):
-        low, high = byte(values[at]) | byte(values[at + 1]) << np.uint32(8), byte(values[at + 2]) | byte(values[at + 3]) << np.uint32(8)
-        return low | high << np.uint32(16)
+        return pair(values[at], values[at + 1]) | pair(values[at + 2], values[at + 3]) << np.uint32(16)
 
     @cuda.jit(device=True, forceinline=True)
     def narrow_8(address, values):
@@ -81,6 +98,6 @@ def make_narrow(cache: str, vec: int) -> Callable:
 
     @cuda.jit(device=True, forceinline=True)
     def narrow_1(address, values):
-        ptx.st_global_8(address, byte(values[0]))
+        ptx.st_global_8(address, pair(values[0], values[0]))
 
     return {8: narrow_8, 4: narrow_4, 1: narrow_1}[vec]

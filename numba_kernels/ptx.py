@@ -154,6 +154,11 @@ ld_written_128 = ptx("ld_written_128", "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
 ld_written_32 = ptx("ld_written_32", "ld.global.b32 $0, [$1];", "r", "l")
 ld_written_16 = ptx("ld_written_16", "{ .reg .b16 t; ld.global.b16 t, [$1]; cvt.u32.u16 $0, t; }", "r", "l")
 ld_written_f32 = ptx("ld_written_f32", "ld.global.f32 $0, [$1];", "f", "l")
+ld_written_f32_if = ptx("ld_written_f32_if", "{ .reg .pred p; .reg .f32 t; setp.ne.u32 p, $2, 0; mov.f32 t, $3; @p ld.global.f32 t, [$1]; "
+                        "mov.f32 $0, t; }", "f", "lrf")  # elsewhere the last operand
+ld_written_128_if = ptx("ld_written_128_if", "{ .reg .pred p; .reg .b32 t<4>; setp.ne.u32 p, $5, 0; mov.b32 t0, 0; mov.b32 t1, 0; "
+                        "mov.b32 t2, 0; mov.b32 t3, 0; @p ld.global.v4.b32 {t0, t1, t2, t3}, [$4]; mov.b32 $0, t0; mov.b32 $1, t1; "
+                        "mov.b32 $2, t2; mov.b32 $3, t3; }", "rrrr", "lr")
 
 # Shared memory.
 ld_shared_32 = ptx("ld_shared_32", "ld.shared.b32 $0, [$1];", "r", "r")
@@ -203,6 +208,10 @@ e4m3_to_f16_pair = ptx("e4m3_to_f16_pair", {
     80: "{ .reg .b32 a, s; prmt.b32 a, $1, 0, 0x1404; and.b32 s, a, 0x80008000; and.b32 a, a, 0x7f007f00; shr.u32 a, a, 1; or.b32 a, a, s; "
         "mov.b32 s, 0x5c005c00; mul.rn.f16x2 $0, a, s; }",
     89: "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"}, "r", "r", pure=True)
+# Two float32 to two bytes, e4m3, clipped to +-448. Only where has_e4m3() is not 0: elsewhere the linker drops what the test guards.
+has_e4m3 = ptx("has_e4m3", {80: "mov.u32 $0, 0;", 89: "mov.u32 $0, 1;"}, "r", pure=True)
+e4m3_pair = ptx("e4m3_pair", {80: "mov.b32 $0, $1;", 89: "{ .reg .b16 t; cvt.rn.satfinite.e4m3x2.f32 t, $2, $1; cvt.u32.u16 $0, t; }"},
+                "r", "ff", pure=True)
 permute = ptx("permute", "prmt.b32 $0, $1, $2, $3;", "r", "rrr", pure=True)  # byte i of the result is byte $3[4 i + 3 : 4 i] of ($2, $1)
 sub_f16_pair = ptx("sub_f16_pair", "sub.rn.f16x2 $0, $1, $2;", "r", "rr", pure=True)
 LOW = {"bfloat16": bf16_low, "float16": f16_low}

@@ -63,6 +63,7 @@ def make(config: Config) -> Callable:
         words = cuda.local.array(kept, np.uint32)
         weights = cuda.local.array(kept, np.uint32)
         if reread:
+            ptx.wait_for_primary()
             square = np.float32(0)
             for done in range(0, remains, tile):
                 gather(x_at, residual_at, sum_at, done, within(remains - done), words)
@@ -77,6 +78,8 @@ def make(config: Config) -> Callable:
             left = within(remains)
             if rows <= FEW_ROWS:
                 prefetch(weight_at, left)
+            ptx.wait_for_primary()
+            ptx.launch_dependents()
             gather(x_at, residual_at, sum_at, 0, left, words)
             fetch(weight_at, left, weights)
             scale = rsqrt(ptx.fma(total(squares(words)), over_length, eps))
@@ -88,7 +91,7 @@ def make(config: Config) -> Callable:
 def spec(config: Config) -> Spec:
     threads = config.threads * config.rows
     # Two blocks of a long row would spill on sm_120.
-    return Spec(make, config, SIGNATURE, threads, min_blocks=1 if config.reread else 1024 // threads)
+    return Spec(make, config, SIGNATURE, threads, min_blocks=1 if config.reread else 1024 // threads, dependent=True)
 
 
 def variants() -> Iterator[Spec]:
