@@ -6,6 +6,7 @@ makes of it, for its public function.
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 # Held for the life of the process: dropping a Library unregisters its ops.
 LIBRARY = torch.library.Library("ftops", "FRAGMENT")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# FTOPS_DEBUG=1: public functions also check what only the device knows, and wait for it.
+DEBUG = os.environ.get("FTOPS_DEBUG", "0") != "0"
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
@@ -103,6 +106,11 @@ def check_beside(op: str, device: torch.device, **tensors: torch.Tensor | None) 
             raise ValueError(f"{op}: {argument} is on {tensor.device} but the first argument is on {device}; move one of them")
         if grad and tensor.requires_grad:
             raise _needs_grad(op, argument)
+
+
+def debugging() -> bool:
+    """Whether values on the device may be looked at: FTOPS_DEBUG=1, outside of tracing and of the capture of a CUDA graph."""
+    return DEBUG and not torch.compiler.is_compiling() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _needs_grad(op: str, argument: str) -> RuntimeError:

@@ -89,16 +89,16 @@ def cubins(spec: Spec, arches: Sequence[str]) -> list[Cubin]:
 
 
 def compile_spec(spec: Spec, arches: Sequence[str]) -> Iterator[Cubin]:
-    """Compiles without looking at the disk cache.
+    """Compiles without looking at the disk cache. Numba, the longest part, works once for all architectures.
 
-    Numba takes four times as long as the linker. LTO-IR of one architecture is linked for those after it, which gives the same machine code
-    byte for byte, up to where a PTX text would be another.
+    LTO-IR of one architecture is linked for those after it, which gives the same machine code byte for byte, up to where a PTX text would
+    be another.
     """
-    until = 0.0
+    modules, until = _llvm_ir(spec) if arches else [], 0.0
     for arch in arches:
-        major, minor, suffix = re.fullmatch(r"sm_(\d+)(\d)([af]?)", arch).groups()
-        if int(major + minor) >= until:
-            ltoir, until = _lto_ir(spec, int(major), int(minor), suffix if spec.only else "")
+        capability, suffix = re.fullmatch(r"sm_(\d+)([af]?)", arch).groups()
+        if int(capability) >= until:
+            ltoir, until = _lto_ir(modules, int(capability), suffix if spec.only else "")
         yield _link(spec, ltoir, arch)
 
 
@@ -116,29 +116,34 @@ def compiler_problem() -> str | None:
     return None
 
 
-def _lto_ir(spec: Spec, major: int, minor: int, suffix: str) -> tuple[bytes, float]:
-    """(LTO-IR, the capability up to which it serves)."""
+def _llvm_ir(spec: Spec) -> list[str]:
+    """The kernel and the device functions that it calls, with the PTX texts of every architecture."""
     problem = compiler_problem()
     if problem:
         raise RuntimeError(f"compiling {spec.name}: {problem}")
-    from numba import cuda
-    from numba.cuda import dispatcher, types
-
-    from ftops.numba_kernels import ptx
+    from numba.cuda import compiler, dispatcher, types
     letters = {"p": types.uint64, "i": types.int32, "u": types.uint32, "l": types.int64, "f": types.float32,
                "t": types.CPointer(types.UniTuple(types.uint64, 16))}
     with _LOCK:
-        # Numba asks the current device for its capability when it meets a nested device function; here the target answers.
+        # Numba asks the current device for its capability when it meets a nested device function. What it writes does not depend on it.
         ask = dispatcher.get_current_device
-        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=(major, minor))
-        ptx.text_ends.clear()
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=OLDEST)
         try:
-            ltoir, _ = cuda.compile(spec.make(spec.config), types.void(*(letters[c] for c in spec.signature)), device=False, abi="numba",
-                                    cc=(major, minor, suffix) if suffix else (major, minor), output="ltoir",
-                                    launch_bounds=(spec.threads, spec.min_blocks))
+            library, _ = compiler._compile_pyfunc_with_fixup(  # cuda.compile without NVVM
+                spec.make(spec.config), types.void(*(letters[c] for c in spec.signature)), device=False, abi="numba", cc=OLDEST, lto=True,
+                launch_bounds=(spec.threads, spec.min_blocks))
         finally:
             dispatcher.get_current_device = ask
-        return bytes(ltoir), min(ptx.text_ends, default=float("inf"))
+        return library.llvm_strs
+
+
+def _lto_ir(modules: list[str], capability: int, suffix: str) -> tuple[bytes, float]:
+    """(LTO-IR, the capability up to which it serves)."""
+    from numba.cuda.cudadrv import nvvm
+
+    from ftops.numba_kernels import ptx
+    texts, ends = zip(*(ptx.for_target(module, capability) for module in modules), strict=True)
+    return nvvm.compile_ir(texts, opt=3, arch=f"compute_{capability}{suffix}", gen_lto=None), min(ends)
 
 
 def _link(spec: Spec, ltoir: bytes, arch: str) -> Cubin:

@@ -62,23 +62,25 @@ def pick_splits(blocks: int, tiles: int, tile_bytes: int, processors: int, resid
 @functools.cache
 def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pairs: int, keys: int, fits: bool, fixed_split: int,
           device: int) -> tuple[Kernel, Kernel | None, int, int, int, int]:
-    """(kernel, combining kernel if there are splits, blocks a split, row tiles, splits, tiles a split or 0) for `pairs` of a sequence and a
-    kv head. With fixed_split nothing that the result depends on comes from `pairs` or `keys`."""
+    """(kernel, combining kernel if there are splits, blocks a split, row tiles, splits, tiles a split or 0) for `pairs` of a sequence and
+    a kv head. With fixed_split, `pairs` and `keys` decide nothing on which bits of a result depend: splits without keys add exactly 0."""
     dependent = capability(device) >= (9, 0)
     if fits:
         config = decode_mma.pick(NAMES[dtype], "16-bit" if cache is dtype else NAMES[cache], head_dim, rows)
-        row_tiles, tile = -(-rows // config.rows), decode_mma.KEYS * config.warps
+        row_tiles, tile, row_bytes = -(-rows // config.rows), decode_mma.KEYS * config.warps, config.row_bytes
         processor_bytes = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
         resident = max(1, processor_bytes // (config.shared()[-1] + 1024))
-        splits, places = pick_splits(pairs * row_tiles, -(-keys // tile), 2 * tile * config.row_bytes, multiprocessors(device), resident)
+    else:
+        row_tiles, tile, row_bytes, resident = rows, decode_plain.KEYS * decode_plain.WARPS, head_dim * cache.itemsize, 4
+    tiles, fixed = -(-keys // tile), -(-fixed_split // tile)
+    if fixed:
+        splits, places = -(-tiles // fixed), resident
+    else:
+        splits, places = pick_splits(pairs * row_tiles, tiles, 2 * tile * row_bytes, multiprocessors(device), resident)
+    if fits:
         spec = decode_mma.spec(config, 0 if places >= resident else processor_bytes // places - 1024, dependent)
     else:
-        row_tiles, tile = rows, decode_plain.KEYS * decode_plain.WARPS
-        splits, _ = pick_splits(pairs * row_tiles, -(-keys // tile), 2 * tile * head_dim * cache.itemsize, multiprocessors(device), 4)
         spec = decode_plain.spec(decode_plain.Config(NAMES[cache]))
-    fixed = -(-fixed_split // tile)
-    if fixed:
-        splits = -(-keys // (fixed * tile))
     combine = load(decode_combine.spec(decode_combine.Config(), dependent), device) if splits > 1 else None
     return load(spec, device), combine, pairs * row_tiles, row_tiles, splits, fixed
 

@@ -6,6 +6,7 @@ Numba is imported here and in the kernel files only, so this module is loaded at
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +15,6 @@ if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names what NumPy 2.5 removed
     np.row_stack = np.vstack
 
 from llvmlite import ir
-from numba.core.targetconfig import ConfigStack
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
@@ -22,14 +22,21 @@ from numba.cuda.typing import signature
 _OPERAND = {"r": (ir.IntType(32), types.uint32), "l": (ir.IntType(64), types.uint64), "f": (ir.FloatType(), types.float32)}
 
 
-text_ends: list[int] = []  # capabilities from which a text chosen since compile.py emptied this would be another
+def _marked(texts: dict[int, str]) -> str:
+    """Texts by the first compute capability that has each, as one: Numba works once for all architectures, and `for_target` chooses."""
+    return "``" + "`".join(f"{since}:{text}" for since, text in texts.items()) + "``"
 
 
-def _text_for_target(texts: dict[int, str]) -> str:
-    """The text of the architecture that code is generated for. The target, not the device: compiling needs no GPU."""
-    major, minor = ConfigStack().top().compute_capability[:2]
-    text_ends.extend(since for since in texts if since > 10 * major + minor)
-    return texts[max(since for since in texts if since <= 10 * major + minor)]
+def for_target(llvm_ir: str, capability: int) -> tuple[str, float]:
+    """(llvm_ir with the texts of a compute capability such as 90, the capability from which it would be another)."""
+    ends = [float("inf")]
+
+    def chosen(mark: re.Match) -> str:
+        texts = {int(since): text for since, _, text in (part.partition(":") for part in mark[1].split("`"))}
+        ends.extend(since for since in texts if since > capability)
+        return texts[max(since for since in texts if since <= capability)]
+
+    return re.sub("``(.+?)``", chosen, llvm_ir), min(ends)
 
 
 def _as_intrinsic(name: str, params: list[str], codegen: Callable, result: types.Type) -> Callable:
@@ -44,16 +51,15 @@ def _as_intrinsic(name: str, params: list[str], codegen: Callable, result: types
 def ptx(name: str, asm: str | dict[int, str], outs: str = "", ins: str = "", pure: bool = False) -> Callable:
     """Intrinsic `name(*ins)` for one PTX text; returns nothing, a scalar, or a tuple. `pure` lets LLVM move, merge or drop it.
 
-    asm may give a text by the first compute capability that has it: {80: ..., 89: ...}. Device functions that call such an intrinsic are
-    defined inside `make`: Numba compiles one at the top of a module once, for the architecture that comes first.
+    asm may give a text by the first compute capability that has it: {80: ..., 89: ...}.
     """
     result_ir = ir.VoidType() if not outs else _OPERAND[outs][0] if len(outs) == 1 else ir.LiteralStructType([_OPERAND[c][0] for c in outs])
     result = types.void if not outs else _OPERAND[outs][1] if len(outs) == 1 else types.UniTuple(_OPERAND[outs[0]][1], len(outs))
     constraints = ",".join(["=" + c for c in outs] + list(ins) + ([] if pure else ["~{memory}"]))
+    text = asm if isinstance(asm, str) else _marked(asm)
 
     def codegen(context, builder, sig, args):
         values = [context.cast(builder, a, t, _OPERAND[c][1]) for a, t, c in zip(args, sig.args, ins, strict=True)]
-        text = asm if isinstance(asm, str) else _text_for_target(asm)
         function = ir.InlineAsm(ir.FunctionType(result_ir, [_OPERAND[c][0] for c in ins]), text, constraints, side_effect=not pure)
         call = builder.call(function, values)
         if not outs:

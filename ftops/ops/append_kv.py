@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
+from ftops.op import Case, check_beside, check_tensors, debugging, invalid, register, straight
 from ftops.samples import randn
 
 CACHE_8BIT = (torch.int8, torch.float8_e4m3fn)
@@ -57,7 +57,7 @@ def append_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: 
 
     The caches are [B,S,Hkv,D], or [pages,page_size,Hkv,D] with page_table[B,n] int32, in k's dtype, or int8 or float8_e4m3fn with
     k_scale and v_scale[Hkv] float32 (then k / k_scale is stored). A position below 0 or past the capacity is skipped, as is a page
-    outside the pool. Positions of one sequence should differ. Any strides. Raises ValueError.
+    outside the pool: with FTOPS_DEBUG=1 that is an error. Positions of one sequence should differ. Any strides. Raises ValueError.
     """
     op = "append_kv"
     check_tensors(op, k=k, v=v)
@@ -71,6 +71,8 @@ def append_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: 
     check_cache(op, k, k_cache, v_cache, page_table, k_scale, v_scale)
     if k_cache.shape[2] != shape[2]:
         raise invalid(op, "k_cache's heads", k_cache.shape[2], f"k's, {shape[2]}")
+    if page_table is not None and debugging():
+        check_pages(op, page_table, positions // k_cache.shape[1], k_cache.shape[0])
     _append_kv(k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale)
 
 
@@ -103,6 +105,15 @@ def check_cache(op: str, x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.
                              f"([{heads}] float32) or a cache of {x.dtype}")
         if scale.shape != (heads,) or scale.dtype is not torch.float32:
             raise invalid(op, name, f"{scale.dtype} {tuple(scale.shape)}", f"float32 ({heads},)")
+
+
+def check_pages(op: str, page_table: torch.Tensor, columns: torch.Tensor, pages: int) -> None:
+    """Entries [b, columns[b, i]] of page_table[B,n] that exist are pages of the pool. Waits for the device."""
+    rows, places = ((columns >= 0) & (columns < page_table.shape[1])).nonzero(as_tuple=True)
+    columns = columns[rows, places].long()
+    entries = page_table[rows, columns]
+    for wrong in ((entries < 0) | (entries >= pages)).nonzero()[:1].flatten().tolist():
+        raise invalid(op, f"page_table[{rows[wrong]}, {columns[wrong]}]", entries[wrong].item(), f"0 to {pages - 1}, the pages of the pool")
 
 
 def _sample(device: torch.device, dtype: torch.dtype, *, batch: int = 3, new: int = 1, kv_heads: int = 2, head_dim: int = 64,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ftops.formula import attention_formula
-from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
-from ftops.ops.append_kv import CACHE_8BIT, check_cache, to_cache
+from ftops.op import Case, check_beside, check_tensors, debugging, invalid, register, straight
+from ftops.ops.append_kv import CACHE_8BIT, check_cache, check_pages, to_cache
 from ftops.ops.attention import MAX_HEAD_DIM, check_bias, check_options
 from ftops.ops.attention import _cpu as attention_cpu
 from ftops.samples import integers, randn
@@ -23,22 +23,28 @@ MAX_NEW_TOKENS = 16
 def _gather(cache: torch.Tensor, page_table: torch.Tensor | None, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The cache as [B,S,Hkv,D] in `dtype`. A page outside the pool reads as zeros."""
     if page_table is not None:
-        pages = page_table.long()
-        valid = (pages >= 0) & (pages < cache.shape[0])
-        cache = cache[pages.clamp(0, cache.shape[0] - 1)].flatten(1, 2)
-        hidden = ~valid.repeat_interleave(cache.shape[1] // max(pages.shape[1], 1), 1)
+        outside = _outside(page_table, cache)
+        cache = cache[page_table.long().masked_fill(outside, 0)]
     if scale is not None:
         cache = (cache.float() * scale.view(-1, 1)).to(dtype)
     cache = cache.to(dtype)
-    return cache if page_table is None else cache.masked_fill(hidden.unsqueeze(-1).unsqueeze(-1), 0)
+    return cache if page_table is None else cache.masked_fill(outside.view(*outside.shape, 1, 1, 1), 0).flatten(1, 2)
+
+
+def _outside(page_table: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    return (page_table < 0) | (page_table >= cache.shape[0])
 
 
 def reference(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None,
               scale: float, window: int, softcap: float, bias: torch.Tensor | None, alibi_slopes: torch.Tensor | None,
-              k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> torch.Tensor:
+              k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, fixed_split: int = 0) -> torch.Tensor:
     # 8-bit caches are widened to at least float32, not to q's dtype: the kernels apply the scale to the float32 sums.
     dtype = q.dtype if k_scale is None else torch.promote_types(q.dtype, torch.float32)
     k, v = _gather(k_cache, page_table, k_scale, dtype), _gather(v_cache, page_table, v_scale, dtype)
+    if page_table is not None:
+        hidden = torch.zeros(page_table.shape, dtype=dtype, device=q.device).masked_fill(_outside(page_table, k_cache), float("-inf"))
+        hidden = hidden.repeat_interleave(k_cache.shape[1], 1)[:, None, None]
+        bias = hidden if bias is None else hidden + bias
     positions = lengths.unsqueeze(-1).long() - q.shape[1] + torch.arange(q.shape[1], device=q.device)
     out = attention_formula(q.to(dtype), k, v, positions, causal=True, scale=scale, window=(window, -1), softcap=softcap, bias=bias,
                             alibi_slopes=alibi_slopes, kv_lengths=lengths)
@@ -47,14 +53,33 @@ def reference(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, len
 
 def _cpu(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None,
          scale: float, window: int, softcap: float, bias: torch.Tensor | None, alibi_slopes: torch.Tensor | None,
-         k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> torch.Tensor:
+         k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, fixed_split: int = 0) -> torch.Tensor:
     """`attention` over the filled part of the cache where all sequences are as long; the formula elsewhere."""
+    if fixed_split:
+        return _each_alone(q, k_cache, v_cache, lengths, page_table, bias, scale, window, softcap, alibi_slopes, k_scale, v_scale)
     filled = set(lengths.tolist())
     if len(filled) != 1 or page_table is not None or k_scale is not None:
         return reference(q, k_cache, v_cache, lengths, page_table, scale, window, softcap, bias, alibi_slopes, k_scale, v_scale)
     keys = filled.pop()
     return attention_cpu(q, k_cache[:, :keys], v_cache[:, :keys], True, scale, window, -1, softcap,
                          None if bias is None else bias[..., :keys], alibi_slopes, None)
+
+
+def _each_alone(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None,
+                bias: torch.Tensor | None, scale: float, window: int, softcap: float, alibi_slopes: torch.Tensor | None,
+                k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> torch.Tensor:
+    """One sequence at a time, over the keys that it has: libraries round otherwise in a batch, or over a longer cache."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    for row, length in enumerate(lengths.tolist()):
+        this = slice(row, row + 1)
+        if page_table is None:
+            k, v, table = k_cache[this, :length], v_cache[this, :length], None
+        else:
+            k, v, table = k_cache, v_cache, page_table[this, : -(-length // k_cache.shape[1])]
+        keys = k.shape[1] * (1 if table is None else table.shape[1])
+        out[this] = _cpu(q[this], k, v, lengths[this], table, scale, window, softcap, None if bias is None else bias[this, ..., :keys],
+                         alibi_slopes, k_scale, v_scale)
+    return out
 
 
 def _cuda() -> Callable[..., Any]:
@@ -64,7 +89,7 @@ def _cuda() -> Callable[..., Any]:
 
 DECODE_ATTENTION = register(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? page_table, float scale, int window, "
-    "float softcap, Tensor? bias, Tensor? alibi_slopes, Tensor? k_scale, Tensor? v_scale) -> Tensor",
+    "float softcap, Tensor? bias, Tensor? alibi_slopes, Tensor? k_scale, Tensor? v_scale, int fixed_split=0) -> Tensor",
     cpu=_cpu, cuda=_cuda, fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device))
 _decode_attention = straight(DECODE_ATTENTION)
 
@@ -72,14 +97,19 @@ _decode_attention = straight(DECODE_ATTENTION)
 def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, *,
                      page_table: torch.Tensor | None = None, scale: float | None = None, window: int | None = None, softcap: float = 0.0,
                      bias: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None, k_scale: torch.Tensor | None = None,
-                     v_scale: torch.Tensor | None = None) -> torch.Tensor:
+                     v_scale: torch.Tensor | None = None, fixed_split: int | None = None) -> torch.Tensor:
     """Attention of the T <= 16 newest tokens, q[B,T,H,D], over the cache that already holds them. Returns [B,T,H,D], contiguous.
 
     lengths[B] int32 counts the tokens in the cache, the new ones included, and is at most its capacity; 0 gives 0.
     The caches are [B,S,Hkv,D], or [pages,page_size,Hkv,D] with page_table[B,n] int32; in q's dtype, or int8 or float8_e4m3fn with
     k_scale and v_scale[Hkv] float32. window: how many tokens to the left of itself a query sees (None: all). bias, in q's dtype or
     float32, broadcasts to [B,H,T,S] and is added; -inf hides a key. scale (D ** -0.5), softcap and alibi_slopes as in `attention`.
-    A page outside the pool is never read. float32, float16 or bfloat16, any strides. Raises ValueError.
+    A page outside the pool is never read, and its keys are hidden; with FTOPS_DEBUG=1 one that the lengths reach is an error.
+
+    fixed_split: keys a split (rounded up to the kernel's tile, 64 at most). A sequence's result then has the same bits whatever else is
+    in the batch, however long, and whatever the capacity: it depends on its own tokens, T, the options and the layout of the caches.
+    None splits by the size of the batch, which is faster: sums are then added in another order in another batch.
+    float32, float16 or bfloat16, any strides. Raises ValueError.
     """
     op = "decode_attention"
     check_tensors(op, q=q)
@@ -96,12 +126,20 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
         raise invalid(op, "lengths", f"{lengths.dtype} {tuple(lengths.shape)}", f"int32 ({batch},)")
     if window is not None and window < -1:
         raise invalid(op, "window", window, "None, or how many tokens to the left, 0 or more")
+    if fixed_split is not None and fixed_split < 1:
+        raise invalid(op, "fixed_split", fixed_split, "None, or how many keys a split, 1 or more")
     check_options(op, heads, softcap, alibi_slopes)
     if bias is not None:
         keys = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
         bias = check_bias(op, bias, q, (batch, heads, new, keys))
+    if page_table is not None and debugging():
+        first = torch.arange(page_table.shape[1], device=q.device) * k_cache.shape[1]  # key of each page
+        reached = first < lengths.unsqueeze(-1)
+        if window is not None and window >= 0:
+            reached &= first + k_cache.shape[1] > lengths.unsqueeze(-1) - new - window
+        check_pages(op, page_table, torch.where(reached, first // k_cache.shape[1], -1), k_cache.shape[0])
     return _decode_attention(q, k_cache, v_cache, lengths, page_table, head_dim ** -0.5 if scale is None else scale,
-                            -1 if window is None else window, softcap, bias, alibi_slopes, k_scale, v_scale)
+                            -1 if window is None else window, softcap, bias, alibi_slopes, k_scale, v_scale, fixed_split or 0)
 
 
 def _sample(device: torch.device, dtype: torch.dtype, *, lengths: tuple[int, ...] = (1, 97, 200), new: int = 1, heads: int = 8,
@@ -156,6 +194,8 @@ def cases() -> Iterator[Case]:
                        "alibi": True, "scale": 0.2},
         "long": {"lengths": (3000, 4096), "capacity": 4096, "head_dim": 128},
         "long_window": {"lengths": (3000, 4096), "capacity": 4096, "head_dim": 128, "window": 1000},
+        "fixed": {"fixed_split": 64}, "fixed_long": {"lengths": (3000, 4096), "capacity": 4096, "head_dim": 128, "fixed_split": 200},
+        "fixed_everything": {"page_size": 16, "new": 3, "lengths": (3, 97, 200), "window": 50, "bias": (1, 8, 1, 208), "fixed_split": 32},
         "empty_batch": {"lengths": ()}, "no_tokens": {"new": 0},
     }
     for name, options in samples.items():

@@ -114,8 +114,9 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seq
     return out
 
 
-def decode_attention(q, k_cache, v_cache, lengths, *, page_table=None, window=None, bias=None, k_scale=None, v_scale=None, **options):
-    """Row by row: the plain attention of the row's T last tokens over the row's first lengths[b] tokens."""
+def decode_attention(q, k_cache, v_cache, lengths, *, page_table=None, window=None, bias=None, k_scale=None, v_scale=None, fixed_split=None,
+                     **options):
+    """Row by row: the plain attention of the row's T last tokens over the row's first lengths[b] tokens, however they are split."""
     out = torch.empty_like(q)
     for b, length in enumerate(lengths.tolist()):
         k, v = (_row(cache, b, page_table)[:length].to(q.dtype) for cache in (k_cache, v_cache))
