@@ -155,6 +155,8 @@ st_global_64_if = ptx("st_global_64_if", "{ .reg .pred p; setp.ne.u32 p, $3, 0; 
 st_global_128_if = ptx("st_global_128_if", "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.v4.b32 [$0], {$1, $2, $3, $4}; }",
                        "", "lrrrrr")
 prefetch_l2 = ptx("prefetch_l2", "prefetch.global.L2 [$0];", "", "l")
+# $1 bytes from $0 on, both multiples of 16, into L2; nothing before sm_90.
+prefetch_l2_bulk = ptx("prefetch_l2_bulk", {80: "", 90: "cp.async.bulk.prefetch.L2.global [$0], $1;"}, "", "lr")
 # What a kernel before this one in the stream has written, which need not have ended.
 ld_written_128 = ptx("ld_written_128", "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "l")
 ld_written_32 = ptx("ld_written_32", "ld.global.b32 $0, [$1];", "r", "l")

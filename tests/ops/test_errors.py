@@ -128,6 +128,7 @@ WRONG = [
     ("decode_attention", {"lengths": torch.tensor([1, 2])}, ["lengths", "torch.int64", "int32 (2,)"]),
     ("decode_attention", {"window": -2}, ["window", "-2", "None"]),
     ("decode_attention", INT8, ["k_cache.dtype is torch.int8", "k_scale is None", "([2] float32)"]),
+    ("decode_attention", {"fixed_split": 0}, ["fixed_split", "0", "None", "1 or more"]),
     ("decode_attention", {"bias": zeros(8)}, ["bias.shape", "(8,)", "(2, 4, 1, 9)"]),
 ]
 
@@ -171,8 +172,10 @@ def test_a_gradient_is_refused_and_not_lost(name, argument, value):
         call(name, (), GOOD[name] | {argument: value})
 
 
-def test_every_refusal_is_tested():
+def test_every_refusal_is_tested(monkeypatch):
     """Each raise in the public functions and their checks is reached by the calls above."""
+    monkeypatch.setattr(ftops.op, "DEBUG", True)
+    outside = POOL | {"page_table": zeros(2, 2, dtype=I32) + 6}
     root = Path(ftops.__file__).parent
     written = set()
     for path in (root / "op.py", *sorted((root / "ops").glob("*.py"))):
@@ -181,7 +184,8 @@ def test_every_refusal_is_tested():
                 written.add((path.name, node.lineno))
     reached = set()
     weight = zeros(*W).requires_grad_()
-    for name, changes, _ in [*WRONG, ("rms_norm", {"weight": weight}, []), ("attention", {"alibi_slopes": zeros(4).requires_grad_()}, [])]:
+    for name, changes, _ in [*WRONG, ("rms_norm", {"weight": weight}, []), ("attention", {"alibi_slopes": zeros(4).requires_grad_()}, []),
+                             ("append_kv", outside, [])]:
         last = traceback.extract_tb(refusal(name, changes).__traceback__)[-1]
         reached.add((Path(last.filename).name, last.lineno))
     assert written - reached == set()
