@@ -101,11 +101,12 @@ def test_tiles_cover_a_row_with_few_threads_idle(vec):
 def test_blocks_cover_the_rows():
     for count in (1, 2, 31, 32, 33, 1000, 65537, 2**31):
         for shift in range(9):
-            for each in (1, 2, 4, 8):
-                blocks = elementwise.blocks(count, shift, 3, each)
+            for most in (1, 2, 4, 8):
+                blocks, each = elementwise.blocks(count, shift, 3, most, 132)
                 assert blocks % 3 == 0
                 taken = blocks // 3 * each * (elementwise.THREADS >> shift)
                 assert taken - each * (elementwise.THREADS >> shift) < count <= taken
+                assert each == most or (each == 1 and blocks <= 132)
 
 
 def test_widest_access():
