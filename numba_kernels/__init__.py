@@ -15,6 +15,7 @@ KERNELS = (
     "decode_attention",
     "gated_activation",
     "layer_norm",
+    "linear",
     "rms_norm",
     "rotary",
 )

@@ -1,4 +1,4 @@
-"""linear on the GPU for few rows of x: out = act(x W^T + bias) + residual, one pass over the weights W[N, K], 16 bits, as they lie. sm_80 and up.
+"""linear on the GPU for few rows of x: out = act(x W^T + bias) + residual, one pass over 16-bit weights W[N, K] as they lie. sm_80 and up.
 
 A block takes 16 rows of W and splits K over its warps (see linear_tile.py). On sm_90 its first bytes are asked into L2 while the kernel
 before still runs; the copies themselves wait for its end, so that weights which that kernel writes are read as they should be.

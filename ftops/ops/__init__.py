@@ -14,6 +14,7 @@ OPS = (
     "rotary",
     "gated_activation",
     "bias_activation",
+    "linear",
     "append_kv",
     "attention",
     "attention_varlen",

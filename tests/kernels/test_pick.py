@@ -16,6 +16,7 @@ from ftops.numba_kernels import (
     elementwise,
     gated_activation,
     layer_norm,
+    linear,
     rms_norm,
     rotary,
     row_tile,
@@ -49,6 +50,8 @@ def picked(name: str) -> Iterator[Spec]:
         yield from (module.spec(elementwise.pick(dtype, vec, module.INPUTS)) for dtype, _, vec in rows())
     elif name == "rotary":
         yield from (rotary.spec(rotary.pick(dtype, vec, interleaved)) for dtype, _, vec in rows() for interleaved in (False, True))
+    elif name == "linear":
+        yield from (linear.spec(linear.pick(dtype, rows)) for dtype in HALVES for rows in range(1, linear.MAX_ROWS + 1))
     elif name == "append_kv":
         yield from (append_kv.spec(append_kv.pick(dtype, cache, wide)) for dtype in DTYPES
                     for cache in (dtype, torch.int8, torch.float8_e4m3fn) for wide in (False, True))
@@ -70,7 +73,7 @@ def test_every_problem_has_a_listed_variant(name):
     assert [spec.name for spec in set(picked(name)) if spec not in listed] == []
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "append_kv"])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "append_kv", "linear"])
 def test_every_listed_variant_is_for_some_problem(name):
     """A variant that is never asked for costs compile time on every machine."""
     assert [spec.name for spec in variants_of(name) if spec not in set(picked(name))] == []

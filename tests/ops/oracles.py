@@ -67,6 +67,13 @@ def bias_activation(x, bias, kind):
     return ACTIVATIONS[kind](x if bias is None else x + bias)
 
 
+def linear(x, weight, bias=None, *, activation=None, residual=None):
+    y = x @ weight.T
+    y = y if bias is None else y + bias
+    y = y if activation is None else ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
+
+
 def attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, bias=None, alibi_slopes=None, kv_lengths=None):
     """In float64 scaled_dot_product_attention itself, unless there is a softcap, which it lacks."""
     batch, queries, heads, dim = q.shape
@@ -176,5 +183,6 @@ def assert_appended(k, k_cache, before, positions, page_table, scale):
 
 ORACLES = {
     "rms_norm": rms_norm, "layer_norm": layer_norm, "rotary": rotary, "gated_activation": gated_activation,
-    "bias_activation": bias_activation, "attention": attention, "attention_varlen": attention_varlen, "decode_attention": decode_attention,
+    "bias_activation": bias_activation, "linear": linear, "attention": attention, "attention_varlen": attention_varlen,
+    "decode_attention": decode_attention,
 }

@@ -41,12 +41,14 @@ GOOD = {
     "rms_norm": {"x": zeros(*X), "weight": zeros(*W), "eps": 1e-6},
     "layer_norm": {"x": zeros(*X), "weight": None, "bias": None, "eps": 1e-6},
     "gated_activation": {"x": zeros(*X), "kind": "silu"}, "bias_activation": {"x": zeros(*X), "bias": None, "kind": "gelu"},
+    "linear": {"x": zeros(*X), "weight": zeros(5, 8)},
     "rotary": ROTARY, "append_kv": APPEND, "attention": ATTENTION, "attention_varlen": VARLEN, "decode_attention": DECODE,
 }
 # What the good call leaves out and may be given.
 OPTIONAL = {
     "rms_norm": {"residual": zeros(*X)}, "layer_norm": {"weight": zeros(*W), "bias": zeros(*W), "residual": zeros(*X)},
-    "bias_activation": {"bias": zeros(*W)}, "rotary": {"freqs": zeros(8)}, "attention": {"bias": zeros(5, 7), "alibi_slopes": zeros(4)},
+    "bias_activation": {"bias": zeros(*W)}, "linear": {"bias": zeros(5), "residual": zeros(3, 5)},
+    "rotary": {"freqs": zeros(8)}, "attention": {"bias": zeros(5, 7), "alibi_slopes": zeros(4)},
     "attention_varlen": {"alibi_slopes": zeros(4)}, "decode_attention": {"bias": zeros(9), "alibi_slopes": zeros(4)},
 }
 FLOATING = [(name, argument, value) for name in OPS for argument, value in (GOOD[name] | OPTIONAL.get(name, {})).items()
@@ -74,6 +76,12 @@ WRONG = [
     ("bias_activation", {"kind": "swish"}, ["kind", "'swish'", "silu, gelu, gelu_tanh, relu, quick_gelu"]),
     ("bias_activation", {"x": zeros()}, ["x.dim()", "0", "1 or more"]),
     ("bias_activation", {"bias": zeros(7)}, ["bias.shape", "(7,)", "(8,)"]),
+    ("linear", {"weight": zeros(8)}, ["weight.shape", "(8,)", "[N, K]"]),
+    ("linear", {"x": zeros(3, 7)}, ["x.shape", "(3, 7)", "[..., 8]"]),
+    ("linear", {"x": zeros()}, ["x.shape", "()", "[..., 8]"]),
+    ("linear", {"bias": zeros(8)}, ["bias.shape", "(8,)", "(5,)"]),
+    ("linear", {"activation": "swish"}, ["activation", "'swish'", "None, silu, gelu, gelu_tanh, relu, quick_gelu"]),
+    ("linear", {"residual": zeros(5)}, ["residual.shape", "(5,)", "(3, 5)"]),
     ("rotary", {"q": zeros(2, 5, 64)}, ["q.shape, k.shape", "(2, 5, 64)", "[B,S,H,D]"]),
     ("rotary", {"k": zeros(2, 6, 2, 16)}, ["k.shape", "(2, 6, 2, 16)", "[2, 5, Hkv, 16]"]),
     ("rotary", {"rotary_dim": 5}, ["rotary_dim", "5", "even, 0 to head_dim (16)"]),

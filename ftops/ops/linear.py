@@ -1,0 +1,106 @@
+"""A linear layer with what follows it: y = act(x W^T + bias) + residual.
+
+Few rows of x read the weights at memory speed in one kernel of ours; more rows, float32 and weights whose rows do not start on 16 bytes
+go to the library (cuBLAS on a GPU), activation and residual after it.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ftops.op import Case, check_tensors, invalid, register, straight
+from ftops.ops.bias_activation import ACTIVATIONS, bias_activation
+from ftops.samples import randn
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
+              residual: torch.Tensor | None) -> torch.Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    y = ACTIVATIONS[activation](y) if activation else y
+    return (y if residual is None else y + residual.to(wide)).to(x.dtype)
+
+
+def library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
+            residual: torch.Tensor | None) -> torch.Tensor:
+    """By the library's matmul. With an activation its kernel adds the bias on a GPU; on a CPU the library does so in passing."""
+    late = activation is not None and x.is_cuda
+    y = F.linear(x, weight, None if late else bias)
+    if activation is not None:
+        y = bias_activation(y, bias if late else None, activation)
+    if residual is not None:
+        y = y + residual
+    return y.contiguous()
+
+
+def _cuda() -> Callable[..., Any]:
+    from ftops.numba_kernels.linear import launch, serves
+    return lambda x, weight, *rest: (launch if serves(x, weight) else library)(x, weight, *rest)
+
+
+def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
+          residual: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+
+
+LINEAR = register("linear(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
+                  cpu=library, cuda=_cuda, fake=_fake)
+_linear = straight(LINEAR)
+
+
+def check_beside_weight(op: str, x: torch.Tensor, N: int, K: int, bias: torch.Tensor | None, activation: str | None,
+                        residual: torch.Tensor | None) -> None:
+    """What a linear op is given beside its weights [N, K], in whatever format they are."""
+    shape = x.shape
+    if not shape or shape[-1] != K:
+        raise invalid(op, "x.shape", tuple(shape), f"[..., {K}], the weight's last dimension")
+    if bias is not None and bias.shape != (N,):
+        raise invalid(op, "bias.shape", tuple(bias.shape), f"({N},), the weight's first dimension")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise invalid(op, "activation", repr(activation), f"None, {', '.join(ACTIVATIONS)}")
+    if residual is not None and residual.shape != (*shape[:-1], N):
+        raise invalid(op, "residual.shape", tuple(residual.shape), f"{(*shape[:-1], N)}, the result's shape")
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, activation: str | None = None,
+           residual: torch.Tensor | None = None) -> torch.Tensor:
+    """act(x W^T + bias) + residual for x[..., K], weight[N, K], bias[N] and residual[..., N]; the result [..., N] is contiguous.
+
+    activation: None, silu, gelu, gelu_tanh, relu or quick_gelu. All of one dtype (float32, float16, bfloat16; sums in float32), any
+    strides. On a GPU, 16-bit weights with up to 16 rows of x are read at memory speed if K and the rows' stride are multiples of 8.
+    Raises ValueError.
+    """
+    check_tensors("linear", x=x, weight=weight, bias=bias, residual=residual)
+    if weight.dim() != 2:
+        raise invalid("linear", "weight.shape", tuple(weight.shape), "[N, K]")
+    check_beside_weight("linear", x, *weight.shape, bias, activation, residual)
+    return _linear(x, weight, bias, activation, residual)
+
+
+def cases() -> Iterator[Case]:
+    def case(name: str, shape: tuple[int, ...], N: int, **options: Any) -> Case:
+        def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            K = shape[-1]
+            given: dict[str, Any] = {"activation": options.get("activation")}
+            if options.get("residual"):
+                given["residual"] = randn((*shape[:-1], N), device, dtype)
+            bias = randn((N,), device, dtype) if options.get("bias") else None
+            return (randn(shape, device, dtype), randn((N, K), device, dtype, K ** -0.5), bias), given
+        return Case(name, make)
+
+    yield case("row", (1, 1, 4096), 1024)
+    yield case("batch", (8, 1, 1024), 3072, bias=True)
+    yield case("most", (16, 11008), 64, residual=True)
+    yield case("everything", (3, 5, 768), 96, bias=True, activation="gelu", residual=True)
+    yield case("many", (40, 512), 200, bias=True, activation="silu", residual=True)
+    yield case("tile_ends", (9, 1, 1032), 33)
+    yield case("odd", (2, 111), 7, bias=True)
+    yield case("one", (1, 1), 1)
+    yield case("vector", (256,), 48, activation="relu")
+    yield case("empty", (0, 64), 8, bias=True)
+    yield Case("columns", lambda device, dtype: (
+        (randn((4, 512), device, dtype)[:, 128:384], randn((48, 512), device, dtype, 0.1)[:, 64:320]), {}))
+    yield Case("transposed", lambda device, dtype: ((randn((256, 4), device, dtype).T, randn((256, 48), device, dtype, 0.1).T), {}))
