@@ -21,6 +21,7 @@ from transformers.utils import output_capturing
 
 from ftops import ops
 from ftops.integrations.transformers.cache import additive
+from ftops.integrations.transformers.packing import attach
 from ftops.op import DTYPES
 
 WHOLE, ROWS = "ftops", "ftops_rows"
@@ -67,7 +68,7 @@ def rows_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | to
     """Which keys are padding, 0 and -inf [B,1,1,KV] in `dtype`; None if none is; the whole mask for patterns that are not plain.
 
     transformers marks packed sequences and the like by refusing the causal skip; it refuses it for one query as well, and always
-    for masks in both directions, where it passes `allow_is_bidirectional_skip` instead.
+    for masks in both directions, where it passes `allow_is_bidirectional_skip` instead. Those know which tokens are real (`packing`).
     """
     plain = "allow_is_bidirectional_skip" in kwargs or allow_is_causal_skip or q_length == 1
     if use_vmap or not plain:
@@ -81,7 +82,10 @@ def rows_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | to
             return None
     missing = kv_offset + kv_length - attention_mask.shape[1]
     padding = torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
-    return additive(padding[:, None, None, kv_offset : kv_offset + kv_length], dtype)
+    mask = additive(padding[:, None, None, kv_offset : kv_offset + kv_length], dtype)
+    if "allow_is_bidirectional_skip" in kwargs and q_length == kv_length and not _recording():
+        attach(mask, padding[:, kv_offset : kv_offset + kv_length])
+    return mask
 
 
 def _recording() -> bool:

@@ -15,6 +15,7 @@ from ftops.block import Block, BlockSpec
 from ftops.integrations.transformers.arch import Arch, Unfit, follow
 from ftops.integrations.transformers.attention import INSTEAD, ROWS, SILENT, register, weights_requested
 from ftops.integrations.transformers.cache import attend, causal_bias, is_rows, unfit_cache
+from ftops.integrations.transformers.packing import packing, run_packed
 from ftops.integrations.transformers.swap import (
     Swapped,
     bypassable,
@@ -134,6 +135,10 @@ class FusedLayer(Swapped):
             return self._original(given)
         cache, mask = given.get(state.arch.cache), given.get("attention_mask")
         spec, index = state.block.spec, state.index
+        orderless = not spec.causal and spec.rotary is None and spec.window is None and cache is None
+        if orderless and (packed := packing(mask, given["hidden_states"])) is not None:
+            out = run_packed(state.block, given["hidden_states"], packed)
+            return (out, None) if state.arch.returns_tuple else out
         positions, freqs = state.arch.rotation(self, given)
         out = state.block(given["hidden_states"], lambda q, k, v: attend(spec, q, k, v, cache, index, mask), positions, freqs)
         return (out, None) if state.arch.returns_tuple else out
