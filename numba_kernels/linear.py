@@ -105,7 +105,7 @@ def make(config: Config) -> Callable:
             left -= step_k
             for j in range(batch_tiles):
                 x_at[j] += 2 * step_k
-        finish(acc, shared_sh, thread, first, rows, N, np.int64(bias_gl), np.int64(residual_gl), residual_stride, np.int64(out_gl),
+        finish(acc, shared_sh, thread, first, 0, rows, N, np.int64(bias_gl), np.int64(residual_gl), residual_stride, np.int64(out_gl),
                form, linear, cubic)
 
     return linear

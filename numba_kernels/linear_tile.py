@@ -25,16 +25,16 @@ def form_of(activation: str | None) -> tuple[int, float, float]:
 
 
 def make_finish(dtype: str, batch: int, tile_rows: int, warps: int, warp_bytes: int) -> Callable:
-    """finish(acc, thread, first, ...): out[:rows, first : first + tile_rows] from the sums of all warps, in their order.
+    """finish(acc, ...): out[first_x : first_x + batch, first : first + tile_rows] from the sums of all warps, in their order.
 
-    acc[4 (i * batch / 8 + j) + r]: fragment of 16 rows of the weights i and of 8 rows of x j. The rings, warp_bytes each, are free by now.
+    acc[4 (i * batch / 8 + j) + r]: fragment of 16 rows of the weights i and of 8 rows of x j. The rings, warp_bytes each, hold the sums.
     """
     low, pair = ptx.LOW[dtype], ptx.PAIR[dtype]
     row_tiles, batch_tiles, threads, shift = tile_rows // 16, batch // 8, 32 * warps, tile_rows.bit_length() - 1
     activate = make_activate(1)
 
     @cuda.jit(device=True, forceinline=True)
-    def finish(acc, shared_sh, thread, first, rows, N, bias_gl, residual_gl, residual_stride, out_gl, form, linear, cubic):
+    def finish(acc, shared_sh, thread, first, first_x, rows, N, bias_gl, residual_gl, residual_stride, out_gl, form, linear, cubic):
         lane, warp = thread & 31, thread >> 5
         mine_sh = shared_sh + warp * warp_bytes + 4 * batch * (lane >> 2) + 8 * (lane & 3)
         ptx.cp_async_wait_0()
@@ -47,7 +47,7 @@ def make_finish(dtype: str, batch: int, tile_rows: int, warps: int, warp_bytes: 
                 ptx.st_shared_64(here_sh + 32 * batch, ptx.f32_bits(acc[at + 2]), ptx.f32_bits(acc[at + 3]))
         cuda.syncthreads()
         value = cuda.local.array(1, np.float32)
-        for item in range(thread, rows * tile_rows, threads):
+        for item in range(thread, min(rows - first_x, batch) * tile_rows, threads):
             row, column = item >> shift, item & (tile_rows - 1)
             if first + column < N:
                 sum_sh = shared_sh + 4 * (batch * column + row)
@@ -59,7 +59,7 @@ def make_finish(dtype: str, batch: int, tile_rows: int, warps: int, warp_bytes: 
                 if form >= 0:
                     activate(value, form, linear, cubic)
                 if residual_gl != 0:
-                    value[0] += low(ptx.ld_written_16(residual_gl + 2 * (row * residual_stride + first + column)))
-                ptx.st_global_16(out_gl + 2 * (np.int64(row) * N + first + column), pair(value[0], np.float32(0)))
+                    value[0] += low(ptx.ld_written_16(residual_gl + 2 * ((first_x + row) * residual_stride + first + column)))
+                ptx.st_global_16(out_gl + 2 * (np.int64(first_x + row) * N + first + column), pair(value[0], np.float32(0)))
 
     return finish

@@ -180,6 +180,7 @@ st_shared_128 = ptx("st_shared_128", "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
 
 # Asynchronous copies, sm_80 and up. $2 is how many of the 16 bytes to read; the rest is written as zeros.
 cp_async_16 = ptx("cp_async_16", "cp.async.cg.shared.global [$0], [$1], 16, $2;", "", "rlr")
+cp_async_8 = ptx("cp_async_8", "cp.async.ca.shared.global [$0], [$1], 8, $2;", "", "rlr")
 cp_async_commit = ptx("cp_async_commit", "cp.async.commit_group;")
 cp_async_wait_0 = ptx("cp_async_wait_0", "cp.async.wait_group 0;")
 cp_async_wait_1 = ptx("cp_async_wait_1", "cp.async.wait_group 1;")
@@ -222,6 +223,10 @@ e4m3_pair = ptx("e4m3_pair", {80: "mov.b32 $0, $1;", 89: "{ .reg .b16 t; cvt.rn.
                 "r", "ff", pure=True)
 permute = ptx("permute", "prmt.b32 $0, $1, $2, $3;", "r", "rrr", pure=True)  # byte i of the result is byte $3[4 i + 3 : 4 i] of ($2, $1)
 sub_f16_pair = ptx("sub_f16_pair", "sub.rn.f16x2 $0, $1, $2;", "r", "rr", pure=True)
+and_or = ptx("and_or", "lop3.b32 $0, $1, $2, $3, 0xEA;", "r", "rrr", pure=True)  # ($1 & $2) | $3
+# a * b + c of two 16-bit values, rounded once.
+FMA_PAIR = {dtype: ptx(f"fma_{kind}_pair", f"fma.rn.{kind}x2 $0, $1, $2, $3;", "r", "rrr", pure=True)
+            for dtype, kind in (("bfloat16", "bf16"), ("float16", "f16"))}
 LOW = {"bfloat16": bf16_low, "float16": f16_low}
 HIGH = {"bfloat16": bf16_high, "float16": f16_high}
 PAIR = {"bfloat16": bf16_pair, "float16": f16_pair}

@@ -1,0 +1,83 @@
+"""Fragments of packed weights (ftops/packing.py) as the 16-bit A operand of mma.m16n8k16, without a conversion instruction.
+
+int4: a nibble under the bits of 128 reads as 128 + q in bfloat16 (1024 + q, or 1024 + 16 q one nibble higher, in float16). What is too
+much, 128 + zero, is taken off each value by an fma, exactly; or, where few rows of x make that the larger part of the work, off the
+product: times the sum of x, which costs one product with ones. In float16, where it would be 1024 x, that would cancel too many digits.
+int8: seven bits under those of 128, less 128 or, where the sign is set, 256 (float16: narrow.py).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import cuda
+
+from ftops.numba_kernels import ptx
+from ftops.numba_kernels.narrow import make_widen
+
+MAGIC = {"bfloat16": 0x43004300, "float16": 0x64006400}  # 128, 1024
+ONE = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}
+SIXTEENTH = 0x2C002C00  # float16
+SIGN = 0x80008000
+ZERO = 8.0  # of int4 without zero points
+
+
+def subtracts(dtype: str, batch: int) -> bool:
+    """Whether int4 takes 128 + zero off each value."""
+    return dtype == "float16" or batch > 16
+
+
+def make_int4(dtype: str, subtract: bool) -> tuple[Callable, Callable]:
+    """dequantise(word, minus, minus_below) -> a0 .. a3, where _below is of the row 8 further; minus_of(zero, zero_below) -> the two."""
+    magic, one, sixteenth, nibbles = (np.uint32(word) for word in (MAGIC[dtype], ONE[dtype], SIXTEENTH, 0x000F000F))
+    higher, eight, four, twelve = np.uint32(0x00F000F0), np.uint32(8), np.uint32(4), np.uint32(12)
+    fma, pair, below_magic = ptx.FMA_PAIR[dtype], ptx.PAIR[dtype], np.float32(64.0 if dtype == "float16" else 128.0)
+    above = np.float32(1024.0 if dtype == "float16" else 128.0)
+
+    if not subtract:
+        @cuda.jit(device=True, forceinline=True)
+        def dequantise(word, minus, minus_below):
+            return (ptx.and_or(word, nibbles, magic), ptx.and_or(word >> four, nibbles, magic),
+                    ptx.and_or(word >> eight, nibbles, magic), ptx.and_or(word >> twelve, nibbles, magic))
+    elif dtype == "float16":
+        @cuda.jit(device=True, forceinline=True)
+        def dequantise(word, minus, minus_below):
+            second = word >> eight
+            return (fma(ptx.and_or(word, nibbles, magic), one, minus), fma(ptx.and_or(word, higher, magic), sixteenth, minus_below),
+                    fma(ptx.and_or(second, nibbles, magic), one, minus), fma(ptx.and_or(second, higher, magic), sixteenth, minus_below))
+    else:
+        @cuda.jit(device=True, forceinline=True)
+        def dequantise(word, minus, minus_below):
+            return (fma(ptx.and_or(word, nibbles, magic), one, minus), fma(ptx.and_or(word >> four, nibbles, magic), one, minus_below),
+                    fma(ptx.and_or(word >> eight, nibbles, magic), one, minus),
+                    fma(ptx.and_or(word >> twelve, nibbles, magic), one, minus_below))
+
+    @cuda.jit(device=True, forceinline=True)
+    def minus_of(zero, zero_below):
+        first, second = -(above + zero), -(below_magic + zero_below)
+        return pair(first, first), pair(second, second)
+    return dequantise, minus_of
+
+
+def make_int8(dtype: str) -> Callable:
+    """dequantise(word, word_below) -> a0 .. a3."""
+    if dtype == "float16":
+        _, columns = make_widen("int8")
+
+        @cuda.jit(device=True, forceinline=True)
+        def dequantise(word, below):
+            upper, lower = columns(word), columns(below)
+            return upper[0], lower[0], upper[1], lower[1]
+        return dequantise
+
+    fma, magic, minus_one = ptx.FMA_PAIR[dtype], np.uint32(MAGIC[dtype]), np.uint32(ONE[dtype] | SIGN)
+    seven, sign = np.uint32(0x007F007F), np.uint32(0x00800080)
+
+    @cuda.jit(device=True, forceinline=True)
+    def even(word):
+        return fma(ptx.and_or(word, sign, magic), minus_one, ptx.and_or(word, seven, magic))
+
+    @cuda.jit(device=True, forceinline=True)
+    def dequantise(word, below):
+        return even(word), even(below), even(word >> np.uint32(8)), even(below >> np.uint32(8))
+    return dequantise
