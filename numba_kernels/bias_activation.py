@@ -28,13 +28,24 @@ def make(config: Config) -> Callable:
     unpack, pack = make_convert(config.dtype, vec)
     place, activate = make_place(config), make_activate(vec)
 
+    @cuda.jit(device=True, forceinline=True)
+    def finish(y_at, y_step, count, apart, left, words, shifts, form, linear, cubic):
+        values = cuda.local.array(vec, np.float32)
+        for i in range(count):
+            unpack(words, i * each, values, 0)
+            for j in range(vec):
+                values[j] += shifts[j]
+            activate(values, form, linear, cubic)
+            pack(values, 0, words, i * each)
+            store(y_at, i * apart < left, words, i * each)
+            y_at += y_step
+
     def bias_activation(x_gl, bias_gl, y_gl, x_stride, rows, length, shift, tiles, rows_each, form, linear, cubic):
         row, column, apart, left = place(shift, tiles, rows, length, rows_each)
         x_at, x_step = x_gl + np.uint64((row * x_stride + column) * item), np.uint64(apart * x_stride * item)
         y_at, y_step = y_gl + np.uint64((row * length + column) * item), np.uint64(apart * length * item)
         words = cuda.local.array(kept, np.uint32)
         biases = cuda.local.array(each, np.uint32)
-        values = cuda.local.array(vec, np.float32)
         shifts = cuda.local.array(vec, np.float32)
         ptx.wait_for_primary()
         ptx.launch_dependents()
@@ -43,16 +54,11 @@ def make(config: Config) -> Callable:
             x_at += x_step
         fetch(bias_gl + np.uint64(column * item), left > 0 and bias_gl != np.uint64(0), biases, 0)
         unpack(biases, 0, shifts, 0)
-        for i in range(most):
-            if i >= rows_each:
-                break
-            unpack(words, i * each, values, 0)
-            for j in range(vec):
-                values[j] += shifts[j]
-            activate(values, form, linear, cubic)
-            pack(values, 0, words, i * each)
-            store(y_at, i * apart < left, words, i * each)
-            y_at += y_step
+        # Not a loop with an end in it: that kept the rows apart, at 5 % of the time.
+        if rows_each == np.uint32(1):
+            finish(y_at, y_step, 1, apart, left, words, shifts, form, linear, cubic)
+        else:
+            finish(y_at, y_step, most, apart, left, words, shifts, form, linear, cubic)
 
     return bias_activation
 
