@@ -18,6 +18,7 @@ KERNELS = (
     "linear",
     "rms_norm",
     "rotary",
+    "rotary_append",
 )
 
 

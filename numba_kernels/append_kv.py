@@ -102,7 +102,7 @@ def make(config: Config) -> Callable:
                         unpack(words, n_words * i, values, 0)
                         for n in range(vec):
                             values[n] = scaled_down(values[n], scale, inverse)
-                        narrow(to, values)
+                        narrow(to, values, 0)
                     else:
                         copy(to, 1, words, n_words * i)
 

@@ -71,7 +71,7 @@ def int8_from_f32(x):
 
 
 def make_narrow(cache: str, vec: int) -> Callable:
-    """narrow(address, values): `vec` (8, 4 or 1) float32 values as bytes at an address that vec divides."""
+    """narrow(address, values, at): values[at : at + vec], float32, as `vec` (8, 4 or 1) bytes at an address that vec divides."""
     @cuda.jit(device=True, forceinline=True)
     def int8_pair(low, high):
         return int8_from_f32(low) | int8_from_f32(high) << np.uint32(8)
@@ -89,15 +89,15 @@ def make_narrow(cache: str, vec: int) -> Callable:
         return pair(values[at], values[at + 1]) | pair(values[at + 2], values[at + 3]) << np.uint32(16)
 
     @cuda.jit(device=True, forceinline=True)
-    def narrow_8(address, values):
-        ptx.st_global_64(address, word(values, 0), word(values, 4))
+    def narrow_8(address, values, at):
+        ptx.st_global_64(address, word(values, at), word(values, at + 4))
 
     @cuda.jit(device=True, forceinline=True)
-    def narrow_4(address, values):
-        ptx.st_global_32(address, word(values, 0))
+    def narrow_4(address, values, at):
+        ptx.st_global_32(address, word(values, at))
 
     @cuda.jit(device=True, forceinline=True)
-    def narrow_1(address, values):
-        ptx.st_global_8(address, pair(values[0], values[0]))
+    def narrow_1(address, values, at):
+        ptx.st_global_8(address, pair(values[at], values[at]))
 
     return {8: narrow_8, 4: narrow_4, 1: narrow_1}[vec]

@@ -15,14 +15,12 @@ import torch
 from numba import cuda
 
 from ftops.numba_kernels import ptx
+from ftops.numba_kernels.angles import cos_sin, make_table, table_layout
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, empty_like, load
 from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, widest, words_of
 
 THREADS = 128
-WIDE, WIDE_FLOAT32, STEP, STEP_FLOAT32 = range(4)  # how a table is read: 16 bytes or one element at a time, q's dtype or float32
-_PER_PI = np.float32(1 / np.pi)
-_PER_PI_REST = np.float32(1 / np.pi - float(_PER_PI))
 
 
 @dataclass(frozen=True)
@@ -42,82 +40,12 @@ def pick(dtype: str, vec: int, interleaved: bool) -> Config:
     return Config(dtype, vec, interleaved, heads=2 if vec == 4 else 4)
 
 
-@cuda.jit(device=True, forceinline=True)
-def cos_sin(angle):
-    """cos and sin of a float32 angle in radians, 1e-7 for |angle| < 2^24: reduced to an eighth of a turn in two floats, no table."""
-    halves = angle * _PER_PI
-    quarter = np.int32(ptx.round_i32(halves + halves))
-    t = ptx.fma(np.float32(-0.5), np.float32(quarter), halves) + ptx.fma(angle, _PER_PI_REST, ptx.fma(angle, _PER_PI, -halves))
-    # Least largest error on [-1/4, 1/4] of cos(pi t) and sin(pi t); N. Juffa's coefficients.
-    square = t * t
-    c = ptx.fma(np.float32(0.23132324), square, np.float32(-1.3350220))
-    c = ptx.fma(c, square, np.float32(4.0586989))
-    c = ptx.fma(c, square, np.float32(-4.9348021))
-    c = ptx.fma(c, square, np.float32(1))
-    s = ptx.fma(np.float32(-0.59570312), square, np.float32(2.5503993))
-    s = ptx.fma(s, square, np.float32(-5.1677242))
-    s = ptx.fma(t, np.float32(np.pi), t * square * s)
-    if quarter & np.int32(1):
-        c, s = s, c
-    if (quarter + np.int32(1)) & np.int32(2):
-        c = -c
-    if quarter & np.int32(2):
-        s = -s
-    return c, s
-
-
-def make_table(config: Config) -> Callable:
-    """table(address, layout, step, values): `vec` values of a table as float32; `step` bytes apart where the layout is not WIDE."""
-    dtype, vec = config.dtype, config.vec
-    each = words_of(dtype, vec)
-    load_access, _ = make_io(dtype, vec)
-    unpack, _ = make_convert(dtype, vec)
-    unpack_one, _ = make_convert(dtype, 1)
-    halves = dtype != "float32"
-
-    @cuda.jit(device=True, forceinline=True)
-    def step_float32(address, step, values):
-        for i in range(vec):
-            values[i] = ptx.ld_global_f32(address + np.uint64(i) * step)
-
-    @cuda.jit(device=True, forceinline=True)
-    def step_same(address, step, values):
-        word = cuda.local.array(1, np.uint32)
-        for i in range(vec):
-            word[0] = ptx.ld_global_16(address + np.uint64(i) * step)
-            unpack_one(word, 0, values, i)
-
-    @cuda.jit(device=True, forceinline=True)
-    def wide_float32(address, values):
-        for i in range(0, vec, 4):
-            a, b, c, d = ptx.ld_global_128(address + np.uint64(4 * i))
-            values[i], values[i + 1], values[i + 2], values[i + 3] = ptx.bits_f32(a), ptx.bits_f32(b), ptx.bits_f32(c), ptx.bits_f32(d)
-
-    @cuda.jit(device=True, forceinline=True)
-    def wide_same(address, values):
-        words = cuda.local.array(each, np.uint32)
-        load_access(address, True, words, 0)
-        unpack(words, 0, values, 0)
-
-    @cuda.jit(device=True, forceinline=True)
-    def table(address, layout, step, values):
-        if layout == STEP_FLOAT32:
-            step_float32(address, step, values)
-        elif halves and layout == STEP:
-            step_same(address, step, values)
-        elif vec > 1 and layout == WIDE_FLOAT32:
-            wide_float32(address, values)
-        elif vec > 1 and halves:
-            wide_same(address, values)
-    return table
-
-
 def make(config: Config) -> Callable:
     vec, item, each, interleaved = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec), config.interleaved
     heads_each, both, kept = config.heads, 2 * vec, 2 * each * config.heads
     fetch, store = make_io(config.dtype, vec)
     unpack, pack = make_convert(config.dtype, vec)
-    table = make_table(config)
+    table = make_table(config.dtype, config.vec)
 
     @cuda.jit(device=True, forceinline=True)
     def turn(words, at, cos, sin):
@@ -211,21 +139,16 @@ def launch(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, cos
     if q.numel() + k.numel() == 0:
         return q_out, k_out
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    if sin is not None and sin.stride() != cos.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
     (q_batch, q_token, q_head, _), (k_batch, k_token, k_head, _) = q.stride(), k.stride()
     q_at, k_at, cos_at, sin_at = q.data_ptr(), k.data_ptr(), cos.data_ptr(), 0 if sin is None else sin.data_ptr()
     vec = widest(item, (head_dim | half | q_batch | q_token | q_head | k_batch | k_token | k_head) * item | q_at | k_at)
-    position_at = position_batch = position_token = table_batch = table_token = table_position = 0
-    width = cos.element_size()
+    position_at = position_batch = position_token = 0
     if positions is not None:
         position_at, size = positions.data_ptr(), positions.element_size()
         position_batch, position_token = positions.stride(0) * size, positions.stride(1) * size
-    if cos.dim() == 3:
-        table_batch, table_token = 0 if cos.shape[0] == 1 else cos.stride(0) * width, cos.stride(1) * width
-    elif cos.dim() == 2:
-        table_position = cos.stride(0) * width
-    step = cos.stride(-1) * width
-    wide = vec > 1 and step == width and (cos_at | sin_at | table_batch | table_token | table_position) % 16 == 0
-    layout = (WIDE if wide else STEP) + (cos.dtype is torch.float32)
+    layout, step, table_batch, table_token, table_position = table_layout(cos, sin, vec)
     units = half // vec + -(-(head_dim - rotary_dim) // (2 * vec))
     kernel, heads_each = _kernel(q.dtype, vec, interleaved, q.device.index)
     groups = -(-(heads + kv_heads) // heads_each)

@@ -16,6 +16,7 @@ OPS = (
     "bias_activation",
     "linear",
     "append_kv",
+    "rotary_append",
     "attention",
     "attention_varlen",
     "decode_attention",

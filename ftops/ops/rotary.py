@@ -18,7 +18,7 @@ from ftops.samples import randn
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
-def _angles(positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None, half: int,
+def angles(positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None, half: int,
             wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every token, [B or 1, S, 1, R/2]. Half-split tables may come R wide: what follows R/2 is not read."""
     if sin is None:
@@ -29,7 +29,7 @@ def _angles(positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
     return cos[..., :half].to(wide).unsqueeze(-2), sin[..., :half].to(wide).unsqueeze(-2)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, rotary_dim: int) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, rotary_dim: int) -> torch.Tensor:
     turned = x[..., :rotary_dim].to(cos.dtype)
     first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
     pair = (first * cos - second * sin, second * cos + first * sin)
@@ -39,8 +39,8 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
 
 def reference(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None,
               interleaved: bool, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    cos, sin = _angles(positions, cos, sin, rotary_dim // 2, torch.promote_types(q.dtype, torch.float32))
-    return _rotate(q, cos, sin, interleaved, rotary_dim), _rotate(k, cos, sin, interleaved, rotary_dim)
+    cos, sin = angles(positions, cos, sin, rotary_dim // 2, torch.promote_types(q.dtype, torch.float32))
+    return rotate(q, cos, sin, interleaved, rotary_dim), rotate(k, cos, sin, interleaved, rotary_dim)
 
 
 def _cpu(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None,
@@ -94,31 +94,39 @@ def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, fre
     if keys[0] != batch or keys[1] != length or keys[3] != head_dim:
         raise invalid("rotary", "k.shape", tuple(keys), f"[{batch}, {length}, Hkv, {head_dim}]")
     size = head_dim if rotary_dim is None else rotary_dim
+    cos, sin = check_freqs("rotary", q, positions, freqs, interleaved, size)
+    return _rotary(q, k, positions, cos, sin, interleaved, size)
+
+
+def check_freqs(op: str, q: torch.Tensor, positions: torch.Tensor | None, freqs: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+                interleaved: bool, size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(inv_freq, None) or (cos, sin), as handles take them, that fit q[B,S,H,D] of which `size` dimensions turn."""
+    batch, length, _, head_dim = q.shape
     if size % 2 or not 0 <= size <= head_dim:
-        raise invalid("rotary", "rotary_dim", size, f"even, 0 to head_dim ({head_dim})")
+        raise invalid(op, "rotary_dim", size, f"even, 0 to head_dim ({head_dim})")
     cos, sin = freqs if isinstance(freqs, (tuple, list)) else (freqs, None)
-    check_beside("rotary", q.device, positions=positions, cos=cos, sin=sin)
+    check_beside(op, q.device, positions=positions, cos=cos, sin=sin)
     if positions is not None and (positions.shape != (batch, length) or positions.dtype not in INDEX_DTYPES):
-        raise invalid("rotary", "positions", f"{positions.dtype} {tuple(positions.shape)}", f"int32 or int64 ({batch}, {length})")
+        raise invalid(op, "positions", f"{positions.dtype} {tuple(positions.shape)}", f"int32 or int64 ({batch}, {length})")
     if sin is None:
         if positions is None:
-            raise invalid("rotary", "positions", None, "positions[B,S] when freqs is inv_freq")
+            raise invalid(op, "positions", None, "positions[B,S] when freqs is inv_freq")
         if cos.shape != (size // 2,) or cos.dtype is not torch.float32:
-            raise invalid("rotary", "freqs", f"{cos.dtype} {tuple(cos.shape)}", f"float32 ({size // 2},)")
-        return _rotary(q, k, positions, cos, None, interleaved, size)
+            raise invalid(op, "freqs", f"{cos.dtype} {tuple(cos.shape)}", f"float32 ({size // 2},)")
+        return cos, None
     table = cos.shape
     if sin.shape != table or sin.dtype is not cos.dtype or (cos.dtype is not torch.float32 and cos.dtype is not q.dtype):
-        raise invalid("rotary", "freqs", f"{cos.dtype} {tuple(table)}, {sin.dtype} {tuple(sin.shape)}", f"two alike, float32 or {q.dtype}")
+        raise invalid(op, "freqs", f"{cos.dtype} {tuple(table)}, {sin.dtype} {tuple(sin.shape)}", f"two alike, float32 or {q.dtype}")
     if positions is not None:
         fits = len(table) == 2
     else:
         fits = len(table) == 3 and (table[0] == batch or table[0] == 1) and table[1] == length
     if not fits or (table[-1] != size // 2 and table[-1] != size):
         lead = "P" if positions is not None else f"{batch} or 1, {length}"
-        raise invalid("rotary", "cos.shape", tuple(table), f"[{lead}, {size // 2} or {size}]")
+        raise invalid(op, "cos.shape", tuple(table), f"[{lead}, {size // 2} or {size}]")
     if interleaved and table[-1] == size:
         cos, sin = cos[..., ::2], sin[..., ::2]
-    return _rotary(q, k, positions, cos, sin, interleaved, size)
+    return cos, sin
 
 
 def _sample(device: torch.device, dtype: torch.dtype, *, shape: tuple[int, ...] = (2, 9, 4, 64), kv_heads: int = 2, form: str = "token",

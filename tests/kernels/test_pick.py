@@ -19,6 +19,7 @@ from ftops.numba_kernels import (
     linear,
     rms_norm,
     rotary,
+    rotary_append,
     row_tile,
     variants_of,
 )
@@ -52,6 +53,8 @@ def picked(name: str) -> Iterator[Spec]:
         yield from (rotary.spec(rotary.pick(dtype, vec, interleaved)) for dtype, _, vec in rows() for interleaved in (False, True))
     elif name == "linear":
         yield from (linear.spec(linear.pick(dtype, rows)) for dtype in HALVES for rows in range(1, linear.MAX_ROWS + 1))
+    elif name == "rotary_append":
+        yield from (rotary_append.spec(rotary_append.Config(dtype, vec)) for dtype, _, vec in rows())
     elif name == "append_kv":
         yield from (append_kv.spec(append_kv.pick(dtype, cache, wide)) for dtype in DTYPES
                     for cache in (dtype, torch.int8, torch.float8_e4m3fn) for wide in (False, True))
@@ -73,7 +76,8 @@ def test_every_problem_has_a_listed_variant(name):
     assert [spec.name for spec in set(picked(name)) if spec not in listed] == []
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "append_kv", "linear"])
+@pytest.mark.parametrize("name", [
+    "rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "rotary_append", "append_kv", "linear"])
 def test_every_listed_variant_is_for_some_problem(name):
     """A variant that is never asked for costs compile time on every machine."""
     assert [spec.name for spec in variants_of(name) if spec not in set(picked(name))] == []

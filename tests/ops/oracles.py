@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from tests.ops.oracle_sample import sample
+
 
 def rms_norm(x, weight, eps, *, residual=None, offset=0.0):
     total = x if residual is None else x + residual
@@ -181,8 +183,23 @@ def assert_appended(k, k_cache, before, positions, page_table, scale):
     assert torch.equal(k_cache.double()[untouched], before.double()[untouched])
 
 
+def rotary_append(q, k, v, k_cache, v_cache, positions, freqs, **options):
+    """What is returned."""
+    return normed_and_rotated(q, k, positions, freqs, **options)[0]
+
+
+def normed_and_rotated(q, k, positions, freqs, *, rotary_positions=None, q_norm=None, k_norm=None, eps=1e-6, norm_offset=0.0,
+                       interleaved=False, rotary_dim=None, **of_the_cache):
+    q, k = (x if weight is None else rms_norm(x, weight, eps, offset=norm_offset) for x, weight in ((q, q_norm), (k, k_norm)))
+    where = positions if rotary_positions is None else rotary_positions
+    if isinstance(freqs, tuple):
+        where = None if freqs[0].dim() == 3 else where.clamp(0, len(freqs[0]) - 1)
+    return rotary(q, k, where, freqs, interleaved=interleaved, rotary_dim=rotary_dim)
+
+
 ORACLES = {
     "rms_norm": rms_norm, "layer_norm": layer_norm, "rotary": rotary, "gated_activation": gated_activation,
     "bias_activation": bias_activation, "linear": linear, "attention": attention, "attention_varlen": attention_varlen,
-    "decode_attention": decode_attention,
+    "decode_attention": decode_attention, "sample": sample,
+    "rotary_append": rotary_append,
 }

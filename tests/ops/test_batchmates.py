@@ -28,7 +28,8 @@ def paged(cache, size):
 @pytest.mark.parametrize("dtype", **DTYPE_IDS)
 @pytest.mark.parametrize("page_size", [None, 16], ids=["contiguous", "paged"])
 @pytest.mark.parametrize(("new", "heads", "head_dim", "window", "fixed_split"), [
-    (1, 8, 128, None, 256), (1, 8, 128, None, 64), (1, 2, 256, None, 1000), (3, 8, 64, None, 100), (1, 8, 64, 300, 128), (1, 40, 59, None, 512)])
+    (1, 8, 128, None, 256), (1, 8, 128, None, 64), (1, 2, 256, None, 1000), (3, 8, 64, None, 100), (1, 8, 64, 300, 128),
+    (1, 40, 59, None, 512)])
 def test_decode_attention_alone_and_in_a_batch(new, heads, head_dim, window, fixed_split, page_size, dtype, device):
     """Other batch sizes, other lengths beside it, a longer cache: bit for bit the same."""
     device = torch.device(device)

@@ -33,6 +33,7 @@ X, W = (3, 8), (8,)
 ROTARY = {"q": zeros(2, 5, 4, 16), "k": zeros(2, 5, 2, 16), "positions": zeros(2, 5, dtype=I64), "freqs": (zeros(9, 8), zeros(9, 8))}
 APPEND = {"k": zeros(2, 3, 2, 16), "v": zeros(2, 3, 2, 16), "k_cache": zeros(2, 9, 2, 16), "v_cache": zeros(2, 9, 2, 16),
           "positions": zeros(2, 3, dtype=I32)}
+ROTARY_APPEND = {"q": zeros(2, 3, 4, 16), **APPEND, "freqs": zeros(8)}
 ATTENTION = {"q": zeros(2, 5, 4, 16), "k": zeros(2, 7, 2, 16), "v": zeros(2, 7, 2, 16)}
 VARLEN = {"q": zeros(5, 4, 16), "k": zeros(7, 2, 16), "v": zeros(7, 2, 16), "cu_seqlens_q": torch.tensor([0, 5], dtype=I32),
           "cu_seqlens_kv": torch.tensor([0, 7], dtype=I32), "max_seqlen_q": 5, "max_seqlen_kv": 7}
@@ -42,13 +43,15 @@ GOOD = {
     "layer_norm": {"x": zeros(*X), "weight": None, "bias": None, "eps": 1e-6},
     "gated_activation": {"x": zeros(*X), "kind": "silu"}, "bias_activation": {"x": zeros(*X), "bias": None, "kind": "gelu"},
     "linear": {"x": zeros(*X), "weight": zeros(5, 8)},
-    "rotary": ROTARY, "append_kv": APPEND, "attention": ATTENTION, "attention_varlen": VARLEN, "decode_attention": DECODE,
+    "rotary": ROTARY, "append_kv": APPEND, "rotary_append": ROTARY_APPEND, "attention": ATTENTION,
+    "attention_varlen": VARLEN, "decode_attention": DECODE,
 }
 # What the good call leaves out and may be given.
 OPTIONAL = {
     "rms_norm": {"residual": zeros(*X)}, "layer_norm": {"weight": zeros(*W), "bias": zeros(*W), "residual": zeros(*X)},
     "bias_activation": {"bias": zeros(*W)}, "linear": {"bias": zeros(5), "residual": zeros(3, 5)},
-    "rotary": {"freqs": zeros(8)}, "attention": {"bias": zeros(5, 7), "alibi_slopes": zeros(4)},
+    "rotary": {"freqs": zeros(8)}, "rotary_append": {"q_norm": zeros(16), "k_norm": zeros(16)},
+    "attention": {"bias": zeros(5, 7), "alibi_slopes": zeros(4)},
     "attention_varlen": {"alibi_slopes": zeros(4)}, "decode_attention": {"bias": zeros(9), "alibi_slopes": zeros(4)},
 }
 FLOATING = [(name, argument, value) for name in OPS for argument, value in (GOOD[name] | OPTIONAL.get(name, {})).items()
@@ -111,6 +114,15 @@ WRONG = [
     ("append_kv", INT8, ["k_cache.dtype is torch.int8", "k_scale is None", "([2] float32)"]),
     ("append_kv", INT8 | {"k_scale": zeros(2)}, ["k_cache.dtype is torch.int8", "v_scale is None", "([2] float32)"]),
     ("append_kv", INT8 | {"k_scale": zeros(1), "v_scale": zeros(2)}, ["k_scale", "(1,)", "float32 (2,)"]),
+    ("rotary_append", {"q": zeros(2, 4, 4, 16)}, ["q.shape, k.shape, v.shape", "(2, 4, 4, 16)", "[B,T,H,D]"]),
+    ("rotary_append", {"v": zeros(2, 3, 1, 16)}, ["q.shape, k.shape, v.shape", "(2, 3, 1, 16)", "[B,T,Hkv,D]"]),
+    ("rotary_append", {"positions": zeros(2, 2, dtype=I32)}, ["positions", "(2, 2)", "int32 or int64 (2, 3)"]),
+    ("rotary_append", {"q_norm": zeros(64)}, ["q_norm.shape", "(64,)", "(16,)"]),
+    ("rotary_append", {"k_norm": zeros(16, dtype=F16)}, ["k_norm.dtype is torch.float16", "q.dtype is torch.float32"]),
+    ("rotary_append", {"k_cache": zeros(2, 9, 1, 16), "v_cache": zeros(2, 9, 1, 16)}, ["k_cache's heads", "1", "k's, 2"]),
+    ("rotary_append", {"freqs": zeros(7)}, ["freqs", "(7,)", "float32 (8,)"]),
+    ("rotary_append", {"freqs": (zeros(1, 3, 8),) * 2, "rotary_positions": zeros(2, 3, dtype=I32)}, ["cos.shape", "[P, 8 or 16]"]),
+    ("rotary_append", INT8, ["k_cache.dtype is torch.int8", "k_scale is None", "([2] float32)"]),
     ("attention", {"q": zeros(5, 4, 16)}, ["q.shape, k.shape", "(5, 4, 16)", "4 dimensions"]),
     ("attention", {"q": zeros(16), "k": zeros(16), "v": zeros(16)}, ["q.shape, k.shape", "(16,)", "4 dimensions"]),
     ("attention", {"v": zeros(2, 7, 1, 16)}, ["v.shape", "(2, 7, 1, 16)", "(2, 7, 2, 16)"]),

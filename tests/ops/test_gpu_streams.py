@@ -17,7 +17,8 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 SAMPLES = (
     ("rms_norm", "residual"), ("layer_norm", "bert"), ("rotary", "table"), ("gated_activation", "silu"), ("bias_activation", "gelu"),
-    ("append_kv", "paged"), ("attention", "everything"), ("attention_varlen", "causal"), ("decode_attention", "paged_new"),
+    ("append_kv", "paged"), ("rotary_append", "qwen3_paged_fp8"), ("attention", "everything"), ("attention_varlen", "causal"),
+    ("decode_attention", "paged_new"),
 )
 
 
@@ -86,6 +87,7 @@ def test_second_device_while_the_first_is_current(name, which):
 CHANGED = {  # what a replay finds changed besides the random values: lengths, positions, pages
     "rotary": lambda args, kwargs: args[2].flip(0),
     "append_kv": lambda args, kwargs: args[4].flip(0).clone(),
+    "rotary_append": lambda args, kwargs: args[5].flip(0).clone(),
     "attention": lambda args, kwargs: kwargs["kv_lengths"].new_tensor([3, 97]),
     "attention_varlen": lambda args, kwargs: args[3].new_tensor([0, 3, 203, 203, 204, 301]),
     "decode_attention": lambda args, kwargs: args[3].new_tensor([200, 3, 40]),
@@ -103,7 +105,7 @@ def replayed_sample(name, which):
         elif name == "attention_varlen":
             args = (*args[:3], new, new.clone(), *args[5:])
         else:
-            place = {"rotary": 2, "append_kv": 4, "decode_attention": 3}[name]
+            place = {"rotary": 2, "append_kv": 4, "rotary_append": 5, "decode_attention": 3}[name]
             args = (*args[:place], new, *args[place + 1:])
     return mapped((args, kwargs), lambda t: t.nan_to_num(0.5) if t.dtype is torch.bfloat16 else t)
 

@@ -62,8 +62,8 @@ def test_debugging_names_the_page(page, device, debug):
         args, kwargs = case(name, "paged").make(torch.device(device), torch.float32)
         call(name, args, kwargs)
         kwargs["page_table"][2, 2] = page
-        before = [t.clone() for t in args]
-        with pytest.raises(ValueError, match=rf"{name}: page_table\[2, 2\] is {page}; allowed: 0 to {len(args[1 if name[0] == 'd' else 2]) - 1}"):
+        before, pages = [t.clone() for t in args], len(args[1 if name == "decode_attention" else 2])
+        with pytest.raises(ValueError, match=rf"{name}: page_table\[2, 2\] is {page}; allowed: 0 to {pages - 1}"):
             call(name, args, kwargs)
         assert all(torch.equal(now.nan_to_num(1), then.nan_to_num(1)) for now, then in zip(args, before, strict=True))
 

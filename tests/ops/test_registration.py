@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 ONE_OF_EACH_HANDLE = (
     ("rms_norm", "llama"), ("rms_norm", "residual"), ("layer_norm", "bert"), ("layer_norm", "residual"), ("rotary", "repeated"),
     ("gated_activation", "silu"), ("bias_activation", "gelu"), ("linear", "everything"), ("append_kv", "prefill"),
-    ("attention", "everything"), ("attention_varlen", "causal"), ("decode_attention", "paged_new"),
+    ("rotary_append", "qwen3"), ("attention", "everything"), ("attention_varlen", "causal"), ("decode_attention", "paged_new"),
 )
 
 
@@ -83,7 +83,8 @@ def test_each_handle_is_compiled_once():
 
 @pytest.mark.parametrize(("name", "which"), [
     ("rms_norm", "llama"), ("rms_norm", "residual"), ("layer_norm", "bert"), ("rotary", "repeated"), ("gated_activation", "silu"),
-    ("bias_activation", "gelu"), ("linear", "batch"), ("append_kv", "prefill"), ("attention", "full"), ("decode_attention", "d64")])
+    ("bias_activation", "gelu"), ("linear", "batch"), ("append_kv", "prefill"), ("rotary_append", "qwen3"), ("attention", "full"),
+    ("decode_attention", "d64")])
 def test_another_batch_size_does_not_compile_again(name, which, fresh_dynamo):
     """A check that formats a size into its message makes it a constant, and a server would stall on every new batch."""
     compiles = []
