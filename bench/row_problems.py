@@ -28,6 +28,9 @@ LAYER_NORMS = [(65536, 4096, False), (12288, 1024, True), (16, 4096, True)]
 GATED, BIAS = [(65536, 4096), (16, 14336), (1, 14336)], [(65536, 4096), (12288, 4096), (16, 16384)]
 # B, S, H, Hkv, D, rotary_dim, interleaved
 ROTARY = [(1, 8192, 32, 8, 128, 128, False), (16, 1, 32, 8, 128, 128, False), (8, 1024, 16, 16, 256, 64, True)]
+# B, T, H, Hkv, D, capacity, page size
+ROTARY_APPEND = [(1, 1, 32, 8, 128, 4096, None), (64, 1, 32, 8, 128, 4096, None), (64, 1, 32, 8, 128, 4096, 16),
+                 (1, 8192, 32, 8, 128, 8192, None)]
 # B, T, Hkv, D, capacity, page size
 APPEND = [(1, 8192, 8, 128, 8192, None), (64, 1, 8, 128, 4096, None), (64, 1, 8, 128, 4096, 16)]
 
@@ -35,6 +38,7 @@ if small_sizes():
     NORMS, LAYER_NORMS = [(512, 1024, False), (512, 1024, True)], [(512, 768, True)]
     GATED, BIAS = [(256, 1408)], [(256, 3072)]
     ROTARY, APPEND = [(1, 256, 8, 2, 64, 64, False)], [(4, 16, 2, 64, 128, None)]
+    ROTARY_APPEND = [(4, 16, 4, 2, 64, 128, None)]
 
 
 def norm(op: str, rows: int, columns: int, residual: bool) -> Problem:
@@ -116,23 +120,67 @@ def rotary(batch: int, length: int, heads: int, kv_heads: int, head_dim: int, ro
                    2 * elements * DTYPE.itemsize + 4 * batch * length * rotary_dim)
 
 
+def cached(i: SimpleNamespace, capacity: int, page_size: int | None) -> SimpleNamespace:
+    """inputs k and v[B,T,Hkv,D] with caches and the positions at which they go there."""
+    (batch, new, kv_heads, head_dim), device = i.k.shape, i.k.device
+    shape = (batch, capacity) if page_size is None else (batch * capacity // page_size, page_size)
+    i.caches, i.table = [torch.zeros(*shape, kv_heads, head_dim, device=device, dtype=DTYPE) for _ in range(2)], None
+    i.positions = torch.randint(0, capacity - new + 1, (batch, 1), device=device) + torch.arange(new, device=device)
+    if page_size is not None:
+        i.table = torch.randperm(shape[0], device=device).view(batch, -1).to(torch.int32)
+    return i
+
+
+def slots(i: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in the caches' first two dimensions the tokens go."""
+    if i.table is None:
+        return torch.arange(len(i.positions), device=i.positions.device).unsqueeze(-1), i.positions
+    page_size = i.caches[0].shape[1]
+    return i.table.long().gather(1, i.positions // page_size), i.positions % page_size
+
+
+def rotary_append(batch: int, new: int, heads: int, kv_heads: int, head_dim: int, capacity: int, page_size: int | None) -> Problem:
+    """Qwen3's step between the QKV linear and the attention: norms, rotation, keys and values into their places."""
+    def make(device: torch.device) -> SimpleNamespace:
+        q, k, v = randn(batch, new, heads + 2 * kv_heads, head_dim, device=device).split((heads, kv_heads, kv_heads), 2)
+        angles = torch.rand(batch, new, head_dim // 2, device=device) * 6.28
+        norms = {name: randn(head_dim, device=device) for name in ("q_norm", "k_norm")}
+        return cached(SimpleNamespace(q=q, k=k, v=v, cos=angles.cos(), sin=angles.sin(), norms=norms), capacity, page_size)
+
+    def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, where: Any,
+                cos: torch.Tensor, sin: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = rotary_reference(rms_reference(q, q_norm, EPS, 0.0), rms_reference(k, k_norm, EPS, 0.0), None, cos, sin, False, head_dim)
+        k_cache[where], v_cache[where] = k, v
+        return q, k_cache
+
+    def ours(i: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.rotary_append(i.q, i.k, i.v, *i.caches, i.positions, (i.cos, i.sin), page_table=i.table, eps=EPS, **i.norms), i.caches[0]
+
+    def apart(i: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = ops.rms_norm(i.q, i.norms["q_norm"], EPS), ops.rms_norm(i.k, i.norms["k_norm"], EPS)
+        q, k = ops.rotary(q, k, None, (i.cos, i.sin))
+        ops.append_kv(k, i.v, *i.caches, i.positions, page_table=i.table)
+        return q, i.caches[0]
+
+    def expected(i: SimpleNamespace) -> torch.Tensor:
+        q, k, *norms = (t.float() for t in (i.q[:, :CHECKED], i.k[:, :CHECKED], *i.norms.values()))
+        q, k = (rms_reference(x, weight, EPS, 0.0) for x, weight in zip((q, k), norms, strict=True))
+        return torch.cat(rotary_reference(q, k, None, i.cos[:, :CHECKED], i.sin[:, :CHECKED], False, head_dim), 2)
+
+    def view(out: tuple[torch.Tensor, torch.Tensor], i: SimpleNamespace) -> torch.Tensor:
+        return torch.cat((out[0][:, :CHECKED], out[1][slots(i)][:, :CHECKED]), 2)
+
+    fused, token = compiled(formula), (heads + kv_heads) * head_dim * DTYPE.itemsize
+    return Problem("rotary_append", f"{batch},{new},{heads},{kv_heads},{head_dim}" + (f" page {page_size}" if page_size else ""), make,
+                   {OURS: ours, "4 ops": apart,
+                    "torch.compile": lambda i: fused(i.q, i.k, i.v, *i.caches, slots(i), i.cos, i.sin, *i.norms.values())},
+                   expected, view, batch * new * (2 * token + 2 * kv_heads * head_dim * DTYPE.itemsize + 4 * head_dim))
+
+
 def append(batch: int, new: int, kv_heads: int, head_dim: int, capacity: int, page_size: int | None) -> Problem:
     """Keys and values of new tokens into their places."""
     def make(device: torch.device) -> SimpleNamespace:
-        shape = (batch, capacity) if page_size is None else (batch * capacity // page_size, page_size)
-        i = SimpleNamespace(**{name: randn(batch, new, kv_heads, head_dim, device=device) for name in "kv"},
-                            caches=[torch.zeros(*shape, kv_heads, head_dim, device=device, dtype=DTYPE) for _ in range(2)], table=None)
-        starts = torch.randint(0, capacity - new + 1, (batch, 1), device=device)
-        i.positions = starts + torch.arange(new, device=device)
-        i.rows = torch.arange(batch, device=device).unsqueeze(-1).expand(batch, new)
-        if page_size is not None:
-            i.table = torch.randperm(shape[0], device=device).view(batch, -1).to(torch.int32)
-        return i
-
-    def slots(i: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
-        if page_size is None:
-            return i.rows, i.positions
-        return i.table.long().gather(1, i.positions // page_size), i.positions % page_size
+        return cached(SimpleNamespace(**{name: randn(batch, new, kv_heads, head_dim, device=device) for name in "kv"}), capacity, page_size)
 
     def eager(i: SimpleNamespace) -> torch.Tensor:
         where = slots(i)
@@ -151,4 +199,4 @@ def append(batch: int, new: int, kv_heads: int, head_dim: int, capacity: int, pa
 
 PROBLEMS = [*(norm("rms_norm", *shape) for shape in NORMS), *(norm("layer_norm", *shape) for shape in LAYER_NORMS),
             *(rotary(*shape) for shape in ROTARY), *(gated(*shape) for shape in GATED), *(bias(*shape) for shape in BIAS),
-            *(append(*shape) for shape in APPEND)]
+            *(rotary_append(*shape) for shape in ROTARY_APPEND), *(append(*shape) for shape in APPEND)]
