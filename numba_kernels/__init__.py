@@ -16,9 +16,11 @@ KERNELS = (
     "gated_activation",
     "layer_norm",
     "linear",
+    "linear_packed",
     "rms_norm",
     "rotary",
     "rotary_append",
+    "sample",
 )
 
 

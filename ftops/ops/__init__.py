@@ -15,11 +15,14 @@ OPS = (
     "gated_activation",
     "bias_activation",
     "linear",
+    "linear_w4a16",
+    "linear_w8a16",
     "append_kv",
     "rotary_append",
     "attention",
     "attention_varlen",
     "decode_attention",
+    "sample",
 )
 
 
