@@ -18,6 +18,11 @@ def tiles_of(rows: int) -> int:
     return -(-rows // TILE_ROWS)
 
 
+def described(tensor: torch.Tensor) -> str:
+    """For errors about packed tensors."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}" + ("" if tensor.is_contiguous() else ", not contiguous")
+
+
 def _padded(values: torch.Tensor, multiple: int, fill: int) -> torch.Tensor:
     rows, columns = values.shape
     return torch.nn.functional.pad(values, (0, -columns % multiple, 0, -rows % TILE_ROWS), value=fill)
@@ -34,9 +39,9 @@ def _joined(split: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return split.reshape(TILE_ROWS * tiles, PIECE_K * pieces)[:rows, :columns]
 
 
-def pack_4bit(values: torch.Tensor, group_size: int, fill: int) -> torch.Tensor:
-    """uint8 values 0 .. 15 [N, K] -> int32 [tiles, pieces, 32, 4]; K is filled up to whole groups with `fill`."""
-    split = _split(_padded(values, group_size, fill)).permute(0, 4, 3, 5, 1, 6, 2, 7, 8)  # tiles, pieces, g, t, i, s | h, c, e
+def pack_4bit(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """uint8 values 0 .. 15 [N, K] -> int32 [tiles, pieces, 32, 4]; K is filled up to whole groups with 8."""
+    split = _split(_padded(values, group_size, 8)).permute(0, 4, 3, 5, 1, 6, 2, 7, 8)  # tiles, pieces, g, t, i, s | h, c, e
     words = torch.zeros(split.shape[:6], dtype=torch.int32, device=values.device)
     for h in range(2):
         for c in range(2):
@@ -83,3 +88,19 @@ def unpack_groups(packed: torch.Tensor, rows: int) -> torch.Tensor:
     tiles, groups, _, _, *rest = packed.shape
     split = packed.view(tiles, groups, 8, 2, 2, *rest).permute(0, 3, 4, 2, 1, *range(5, 5 + len(rest)))
     return split.reshape(TILE_ROWS * tiles, groups, *rest)[:rows]
+
+
+def dequantise_4bit(packed: torch.Tensor, scales: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """(q - zero) * scale [rows, columns], rounded once to `dtype`; scales [tiles, groups, 8, 4], or [..., 2] with zero points, else 8."""
+    wide = torch.promote_types(dtype, torch.float32)
+    groups, per_group = scales.shape[1], PIECE_K * packed.shape[1] // scales.shape[1]
+    q = unpack_4bit(packed, rows, groups * per_group).view(rows, groups, per_group).to(wide)
+    by_row = unpack_groups(scales, rows).to(wide)
+    scale, zero = (by_row.unsqueeze(-1), 8) if scales.dim() == 4 else (part.unsqueeze(-1) for part in by_row.unbind(-1))
+    return ((q - zero) * scale).view(rows, -1)[:, :columns].to(dtype)
+
+
+def dequantise_8bit(packed: torch.Tensor, scales: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """q * scale [rows, columns], rounded once to `dtype`; scales [tiles, 1, 8, 4]."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (unpack_8bit(packed, rows, columns).to(wide) * unpack_groups(scales, rows).to(wide)).to(dtype)

@@ -245,7 +245,7 @@ def make(config: Config) -> Callable:
 
 def spec(config: Config) -> Spec:
     return Spec(make, config, "ppppppll" + "iiiiiiiff", threads=32 * config.warps,
-                shared_bytes=config.warps * config.stages * config.stage_bytes, min_blocks=3 if config.batch > 16 else 4, dependent=True)
+                shared_bytes=config.warps * config.stages * config.stage_bytes, min_blocks=2 if config.batch > 16 else 4, dependent=True)
 
 
 def variants() -> Iterator[Spec]:

@@ -17,10 +17,12 @@ from ftops.numba_kernels import (
     gated_activation,
     layer_norm,
     linear,
+    linear_packed,
     rms_norm,
     rotary,
     rotary_append,
     row_tile,
+    sample,
     variants_of,
 )
 from ftops.numba_kernels.compile import Spec
@@ -55,6 +57,11 @@ def picked(name: str) -> Iterator[Spec]:
         yield from (linear.spec(linear.pick(dtype, rows)) for dtype in HALVES for rows in range(1, linear.MAX_ROWS + 1))
     elif name == "rotary_append":
         yield from (rotary_append.spec(rotary_append.Config(dtype, vec)) for dtype, _, vec in rows())
+    elif name == "sample":
+        yield from (sample.spec(sample.pick(dtype, vec)) for dtype, _, vec in rows())
+    elif name == "linear_packed":
+        yield from (linear_packed.spec(linear_packed.pick(kind, dtype, rows, size)) for kind in ("int4", "int8") for dtype in HALVES
+                    for rows in range(1, 100) for size in (32, 64, 128))
     elif name == "append_kv":
         yield from (append_kv.spec(append_kv.pick(dtype, cache, wide)) for dtype in DTYPES
                     for cache in (dtype, torch.int8, torch.float8_e4m3fn) for wide in (False, True))
@@ -77,7 +84,8 @@ def test_every_problem_has_a_listed_variant(name):
 
 
 @pytest.mark.parametrize("name", [
-    "rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "rotary_append", "append_kv", "linear"])
+    "rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "rotary_append", "append_kv", "linear", "linear_packed",
+    "sample"])
 def test_every_listed_variant_is_for_some_problem(name):
     """A variant that is never asked for costs compile time on every machine."""
     assert [spec.name for spec in variants_of(name) if spec not in set(picked(name))] == []

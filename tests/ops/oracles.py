@@ -76,6 +76,34 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
     return y if residual is None else y + residual
 
 
+def linear_w4a16(x, packed, scales, shape, bias=None, **options):
+    """Each value looked up where the layout of packing.py puts it."""
+    n, k = (torch.arange(size, device=x.device) for size in shape)
+    (i, h, g), (piece, t, s, c, e) = _rows_of_a_tile(n), _places_of_k(k)
+    word = packed[(n // 32)[:, None], piece, 4 * g[:, None] + t, 2 * i[:, None] + s]
+    q = (word >> (4 * (2 * c + h[:, None]) + 16 * e)) & 15
+    per_group = 32 * packed.shape[1] // scales.shape[1]
+    by_group = scales[(n // 32)[:, None], k // per_group, g[:, None], (2 * i + h)[:, None]]
+    weight = (q - 8) * by_group if scales.dim() == 4 else (q - by_group[..., 1]) * by_group[..., 0]
+    return linear(x, weight.to(x.dtype), bias, **options)
+
+
+def linear_w8a16(x, packed, scales, shape, bias=None, **options):
+    n, k = (torch.arange(size, device=x.device) for size in shape)
+    (i, h, g), (piece, t, s, c, e) = _rows_of_a_tile(n), _places_of_k(k)
+    word = packed[(n // 32)[:, None], piece, i[:, None], 4 * g[:, None] + t, 2 * s + h[:, None]]
+    q = (word >> (8 * (c + 2 * e)) & 255 ^ 128) - 128
+    return linear(x, (q * scales[n // 32, 0, g, 2 * i + h, None]).to(x.dtype), bias, **options)
+
+
+def _rows_of_a_tile(n):
+    return n % 32 // 16, n % 16 // 8, n % 8
+
+
+def _places_of_k(k):
+    return k // 32, k % 32 // 8, k % 8 // 4, k % 4 // 2, k % 2
+
+
 def attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, bias=None, alibi_slopes=None, kv_lengths=None):
     """In float64 scaled_dot_product_attention itself, unless there is a softcap, which it lacks."""
     batch, queries, heads, dim = q.shape
@@ -199,7 +227,7 @@ def normed_and_rotated(q, k, positions, freqs, *, rotary_positions=None, q_norm=
 
 ORACLES = {
     "rms_norm": rms_norm, "layer_norm": layer_norm, "rotary": rotary, "gated_activation": gated_activation,
-    "bias_activation": bias_activation, "linear": linear, "attention": attention, "attention_varlen": attention_varlen,
-    "decode_attention": decode_attention, "sample": sample,
+    "bias_activation": bias_activation, "linear": linear, "linear_w4a16": linear_w4a16, "linear_w8a16": linear_w8a16,
+    "attention": attention, "attention_varlen": attention_varlen, "decode_attention": decode_attention, "sample": sample,
     "rotary_append": rotary_append,
 }

@@ -43,16 +43,21 @@ GOOD = {
     "layer_norm": {"x": zeros(*X), "weight": None, "bias": None, "eps": 1e-6},
     "gated_activation": {"x": zeros(*X), "kind": "silu"}, "bias_activation": {"x": zeros(*X), "bias": None, "kind": "gelu"},
     "linear": {"x": zeros(*X), "weight": zeros(5, 8)},
+    "linear_w4a16": {"x": zeros(*X), "packed": zeros(1, 1, 32, 4, dtype=I32), "scales": zeros(1, 1, 8, 4), "shape": (5, 8)},
+    "linear_w8a16": {"x": zeros(*X), "packed": zeros(1, 1, 2, 32, 4, dtype=I32), "scales": zeros(1, 1, 8, 4), "shape": (5, 8)},
     "rotary": ROTARY, "append_kv": APPEND, "rotary_append": ROTARY_APPEND, "attention": ATTENTION,
     "attention_varlen": VARLEN, "decode_attention": DECODE,
+    "sample": {"logits": zeros(2, 5)},
 }
 # What the good call leaves out and may be given.
 OPTIONAL = {
     "rms_norm": {"residual": zeros(*X)}, "layer_norm": {"weight": zeros(*W), "bias": zeros(*W), "residual": zeros(*X)},
     "bias_activation": {"bias": zeros(*W)}, "linear": {"bias": zeros(5), "residual": zeros(3, 5)},
+    "linear_w4a16": {"bias": zeros(5), "residual": zeros(3, 5)}, "linear_w8a16": {"bias": zeros(5), "residual": zeros(3, 5)},
     "rotary": {"freqs": zeros(8)}, "rotary_append": {"q_norm": zeros(16), "k_norm": zeros(16)},
     "attention": {"bias": zeros(5, 7), "alibi_slopes": zeros(4)},
     "attention_varlen": {"alibi_slopes": zeros(4)}, "decode_attention": {"bias": zeros(9), "alibi_slopes": zeros(4)},
+    "sample": {"temperature": zeros(2), "top_p": zeros(2) + 0.5, "min_p": zeros(2)},
 }
 FLOATING = [(name, argument, value) for name in OPS for argument, value in (GOOD[name] | OPTIONAL.get(name, {})).items()
             if isinstance(value, torch.Tensor) and value.is_floating_point()]
@@ -85,6 +90,15 @@ WRONG = [
     ("linear", {"bias": zeros(8)}, ["bias.shape", "(8,)", "(5,)"]),
     ("linear", {"activation": "swish"}, ["activation", "'swish'", "None, silu, gelu, gelu_tanh, relu, quick_gelu"]),
     ("linear", {"residual": zeros(5)}, ["residual.shape", "(5,)", "(3, 5)"]),
+    ("linear_w4a16", {"packed": zeros(1, 1, 32, 4)}, ["packed", "torch.float32 (1, 1, 32, 4)", "int32 [1, pieces, 32, 4]"]),
+    ("linear_w4a16", {"shape": (33, 8)}, ["packed", "(1, 1, 32, 4)", "int32 [2, pieces, 32, 4]"]),
+    ("linear_w4a16", {"shape": (5, 33)}, ["packed, scales", "(1, 1, 32, 4)", "groups of 32, 64 or 128", "K = 33"]),
+    ("linear_w4a16", {"scales": zeros(1, 2, 8, 4)}, ["packed, scales", "(1, 2, 8, 4)", "groups of 32, 64 or 128"]),
+    ("linear_w4a16", {"scales": zeros(1, 1, 8, 4, 3)}, ["scales", "(1, 1, 8, 4, 3)", "[1, groups, 8, 4, 2]"]),
+    ("linear_w4a16", {"x": zeros(3, 7)}, ["x.shape", "(3, 7)", "[..., 8]"]),
+    ("linear_w8a16", {"packed": zeros(1, 1, 32, 4, dtype=I32)}, ["packed", "int32 (1, 1, 32, 4)", "int32 (1, 1, 2, 32, 4)"]),
+    ("linear_w8a16", {"shape": (5, 33)}, ["packed", "int32 (1, 1, 2, 32, 4)", "int32 (1, 2, 2, 32, 4)"]),
+    ("linear_w8a16", {"scales": zeros(1, 2, 8, 4)}, ["scales", "(1, 2, 8, 4)", "(1, 1, 8, 4)"]),
     ("rotary", {"q": zeros(2, 5, 64)}, ["q.shape, k.shape", "(2, 5, 64)", "[B,S,H,D]"]),
     ("rotary", {"k": zeros(2, 6, 2, 16)}, ["k.shape", "(2, 6, 2, 16)", "[2, 5, Hkv, 16]"]),
     ("rotary", {"rotary_dim": 5}, ["rotary_dim", "5", "even, 0 to head_dim (16)"]),
@@ -150,6 +164,15 @@ WRONG = [
     ("decode_attention", INT8, ["k_cache.dtype is torch.int8", "k_scale is None", "([2] float32)"]),
     ("decode_attention", {"fixed_split": 0}, ["fixed_split", "0", "None", "1 or more"]),
     ("decode_attention", {"bias": zeros(8)}, ["bias.shape", "(8,)", "(2, 4, 1, 9)"]),
+    ("sample", {"logits": zeros(5)}, ["logits.shape", "(5,)", "[B,V]"]),
+    ("sample", {"logits": zeros(2, 0)}, ["logits.shape", "(2, 0)", "V >= 1"]),
+    ("sample", {"temperature": -0.5}, ["temperature", "-0.5", "0 to inf"]),
+    ("sample", {"top_k": 0}, ["top_k", "0", "1 to inf"]),
+    ("sample", {"top_p": 0.0}, ["top_p", "0.0", "above 0, up to 1"]),
+    ("sample", {"min_p": 1.5}, ["min_p", "1.5", "0 to 1"]),
+    ("sample", {"top_k": zeros(3, dtype=I64)}, ["top_k", "torch.int64 (3,)", "torch.int64 (2,)"]),
+    ("sample", {"seed": zeros(2)}, ["seed", "torch.float32 (2,)", "torch.int64 (2,)"]),
+    ("sample", {"offset": elsewhere(2, dtype=I64)}, ["offset is on meta", "cpu"]),
 ]
 
 

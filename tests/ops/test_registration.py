@@ -12,8 +12,10 @@ from tests.ops.calls import CASES, CASES_AND_DTYPES, call, case, handle_calls
 CPU = torch.device("cpu")
 ONE_OF_EACH_HANDLE = (
     ("rms_norm", "llama"), ("rms_norm", "residual"), ("layer_norm", "bert"), ("layer_norm", "residual"), ("rotary", "repeated"),
-    ("gated_activation", "silu"), ("bias_activation", "gelu"), ("linear", "everything"), ("append_kv", "prefill"),
-    ("rotary_append", "qwen3"), ("attention", "everything"), ("attention_varlen", "causal"), ("decode_attention", "paged_new"),
+    ("gated_activation", "silu"), ("bias_activation", "gelu"), ("linear", "everything"), ("linear_w4a16", "zeros"),
+    ("linear_w8a16", "everything"), ("append_kv", "prefill"), ("rotary_append", "qwen3"),
+    ("attention", "everything"), ("attention_varlen", "causal"), ("decode_attention", "paged_new"),
+    ("sample", "mixed"),
 )
 
 
@@ -83,8 +85,9 @@ def test_each_handle_is_compiled_once():
 
 @pytest.mark.parametrize(("name", "which"), [
     ("rms_norm", "llama"), ("rms_norm", "residual"), ("layer_norm", "bert"), ("rotary", "repeated"), ("gated_activation", "silu"),
-    ("bias_activation", "gelu"), ("linear", "batch"), ("append_kv", "prefill"), ("rotary_append", "qwen3"), ("attention", "full"),
-    ("decode_attention", "d64")])
+    ("bias_activation", "gelu"), ("linear", "batch"), ("linear_w4a16", "row"), ("linear_w8a16", "row"),
+    ("append_kv", "prefill"), ("rotary_append", "qwen3"), ("attention", "full"),
+    ("decode_attention", "d64"), ("sample", "plain")])
 def test_another_batch_size_does_not_compile_again(name, which, fresh_dynamo):
     """A check that formats a size into its message makes it a constant, and a server would stall on every new batch."""
     compiles = []
@@ -109,7 +112,7 @@ def with_batch(args, kwargs, batch):
 
     def resize(value):
         if isinstance(value, torch.Tensor):
-            per_row = (value.dim() > 1 and len(value) == rows) or value.dtype is torch.int32
+            per_row = (value.dim() > 1 and len(value) == rows) or (value.dtype is torch.int32 and value.dim() == 1)
             return value[torch.arange(batch) % rows] if per_row else value
         return type(value)(resize(item) for item in value) if isinstance(value, (tuple, list)) else value
     return resize(args), {key: resize(value) for key, value in kwargs.items()}

@@ -1,0 +1,106 @@
+"""A linear layer with weights of four bits: y = act(x W^T + bias) + residual, W = (q - zero) * scale, one scale a row and group of k.
+
+The weights lie as ftops/packing.py says (ftops.quant makes them so). On a GPU few rows of x read them at memory speed in one kernel;
+for more, W is written out once in x's dtype and the library multiplies.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
+from ftops.ops.linear import check_beside_weight, library
+from ftops.ops.linear import reference as linear_reference
+from ftops.packing import PIECE_K, dequantise_4bit, described, pack_4bit, pack_groups, tiles_of
+from ftops.samples import randn
+
+KERNEL = "linear_packed"
+GROUP_SIZES = (32, 64, 128)
+MAX_ROWS = 64  # of x that the kernel is for
+
+
+def reference(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None,
+              activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return linear_reference(x, dequantise_4bit(packed, scales, features, x.shape[-1], wide), bias, activation, residual).to(x.dtype)
+
+
+def _library(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
+    return library(x, dequantise_4bit(packed, scales, features, x.shape[-1], x.dtype), *rest)
+
+
+def _cuda() -> Callable[..., Any]:
+    from ftops.numba_kernels.linear_packed import launch
+
+    def linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        few = 0 < x.numel() <= MAX_ROWS * x.shape[-1] and x.dtype is not torch.float32
+        return (launch if few else _library)(x, *rest)
+    return linear
+
+
+def _fake(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
+          residual: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
+
+
+LINEAR_W4A16 = register("linear_w4a16(Tensor x, Tensor packed, Tensor scales, int features, Tensor? bias, str? activation, "
+                        "Tensor? residual) -> Tensor", cpu=_library, cuda=_cuda, fake=_fake)
+_linear_w4a16 = straight(LINEAR_W4A16)
+
+
+def linear_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None = None, *,
+                 activation: str | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """act(x W^T + bias) + residual for x[..., K] and W of `shape` (N, K) in four bits; the result [..., N] is contiguous.
+
+    packed: int32 [tiles, pieces, 32, 4]; scales [tiles, groups, 8, 4], or [tiles, groups, 8, 4, 2] with zero points, of x's dtype
+    (float32, float16, bfloat16); groups of 32, 64 or 128 values of k. Sums in float32. Raises ValueError.
+    """
+    check_tensors("linear_w4a16", x=x, scales=scales, bias=bias, residual=residual)
+    check_beside("linear_w4a16", x.device, packed=packed)
+    N, K = shape
+    tiles, pieces = tiles_of(N), packed.shape[1] if packed.dim() == 4 else 0
+    if packed.dtype is not torch.int32 or packed.shape != (tiles, pieces, 32, 4) or not packed.is_contiguous():
+        raise invalid("linear_w4a16", "packed", described(packed), f"contiguous int32 [{tiles}, pieces, 32, 4]")
+    sizes = [size for size in GROUP_SIZES if scales.dim() > 1 and scales.shape[1] * size == PIECE_K * pieces]
+    if not (sizes and pieces and 0 <= PIECE_K * pieces - K < sizes[0]):
+        raise invalid("linear_w4a16", "packed, scales", f"{described(packed)}, {described(scales)}",
+                      f"groups of 32, 64 or 128 values of k, as many as K = {K} needs")
+    if scales.shape not in ((tiles, scales.shape[1], 8, 4), (tiles, scales.shape[1], 8, 4, 2)) or not scales.is_contiguous():
+        raise invalid("linear_w4a16", "scales", described(scales), f"contiguous [{tiles}, groups, 8, 4] or [{tiles}, groups, 8, 4, 2]")
+    check_beside_weight("linear_w4a16", x, N, K, bias, activation, residual)
+    return _linear_w4a16(x, packed, scales, N, bias, activation, residual)
+
+
+def cases() -> Iterator[Case]:
+    def case(name: str, shape: tuple[int, ...], N: int, group_size: int = 128, zeros: bool = False, **options: Any) -> Case:
+        def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            K = shape[-1]
+            groups = -(-K // group_size)
+            q = torch.randint(16, (N, K), dtype=torch.uint8)
+            scales = (torch.rand(N, groups) + 0.5) / (8 * K ** 0.5)
+            if zeros:
+                scales = torch.stack((scales, torch.randint(16, scales.shape)), -1)
+            given: dict[str, Any] = {"activation": options.get("activation")}
+            if options.get("residual"):
+                given["residual"] = randn((*shape[:-1], N), device, dtype)
+            bias = randn((N,), device, dtype) if options.get("bias") else None
+            packed, scales = pack_4bit(q, group_size), pack_groups(scales)
+            return (randn(shape, device, dtype), packed.to(device), scales.to(device, dtype), (N, K), bias), given
+        return Case(name, make)
+
+    yield case("row", (1, 1, 4096), 96)
+    yield case("batch", (8, 1, 1024), 256, bias=True)
+    yield case("zeros", (3, 5, 768), 70, zeros=True, activation="gelu", residual=True, bias=True)
+    yield case("group_64", (16, 640), 64, 64, zeros=True)
+    yield case("group_32", (20, 1, 352), 32, 32, residual=True)
+    yield case("two_batches", (40, 256), 64, activation="silu")
+    yield case("many", (70, 256), 96, bias=True, residual=True)
+    yield case("k_ends", (9, 1000), 33, zeros=True)
+    yield case("odd", (2, 111), 7, bias=True)
+    yield case("vector", (256,), 48, activation="relu")
+    yield case("empty", (0, 64), 8, 64, bias=True)
+    yield Case("columns", lambda device, dtype: (
+        (randn((4, 512), device, dtype)[:, 124:380], pack_4bit(torch.randint(16, (48, 256), dtype=torch.uint8), 128).to(device),
+         pack_groups(torch.rand(48, 2) * 0.02).to(device, dtype), (48, 256)), {}))
