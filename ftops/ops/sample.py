@@ -104,7 +104,8 @@ def _cuda() -> Callable[..., Any]:
 
 
 SAMPLE = register("sample(Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor seed, "
-                  "Tensor offset) -> Tensor", cpu=reference, cuda=_cuda, fake=lambda x, *_: torch.empty(x.shape[:1], dtype=torch.int64, device=x.device))
+                  "Tensor offset) -> Tensor", cpu=reference, cuda=_cuda,
+                  fake=lambda x, *_: torch.empty(x.shape[:1], dtype=torch.int64, device=x.device))
 _sample = straight(SAMPLE)
 
 

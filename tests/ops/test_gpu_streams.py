@@ -18,7 +18,7 @@ CUDA = torch.device("cuda")
 SAMPLES = (
     ("rms_norm", "residual"), ("layer_norm", "bert"), ("rotary", "table"), ("gated_activation", "silu"), ("bias_activation", "gelu"),
     ("append_kv", "paged"), ("rotary_append", "qwen3_paged_fp8"), ("attention", "everything"), ("attention_varlen", "causal"),
-    ("decode_attention", "paged_new"),
+    ("decode_attention", "paged_new"), ("sample", "mixed"),
 )
 
 
