@@ -12,14 +12,14 @@ _root = _Path(__file__).resolve().parent.parent
 if not (_Path(__file__).parent / "numba_kernels").exists() and (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
-from ftops import ops
+from ftops import ops, quant
 from ftops.report import Report
 
 if TYPE_CHECKING:
     import torch
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "ops", "patch", "report", "unpatch", "warmup"]
+__all__ = ["Report", "__version__", "ops", "patch", "quant", "report", "unpatch", "warmup"]
 
 
 def patch(model: torch.nn.Module, *, quant: str | None = None, kv_cache: str | None = None,
