@@ -13,6 +13,7 @@ KERNELS = (
     "attention",
     "bias_activation",
     "decode_attention",
+    "dequantise",
     "gated_activation",
     "layer_norm",
     "linear",

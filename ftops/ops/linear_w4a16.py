@@ -13,7 +13,7 @@ import torch
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
 from ftops.ops.linear import check_beside_weight, library
 from ftops.ops.linear import reference as linear_reference
-from ftops.packing import PIECE_K, dequantise_4bit, described, pack_4bit, pack_groups, tiles_of
+from ftops.packing import PIECE_K, dequantise_4bit, dequantise_8bit, described, pack_4bit, pack_groups, tiles_of
 from ftops.samples import randn
 
 KERNEL = "linear_packed"
@@ -31,22 +31,30 @@ def _library(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, featur
     return library(x, dequantise_4bit(packed, scales, features, x.shape[-1], x.dtype), *rest)
 
 
-def _cuda() -> Callable[..., Any]:
+def on_gpu() -> Callable[..., Any]:
+    """Of weights of four or eight bits: which they are is seen from the shape of `packed`."""
+    from ftops.numba_kernels.dequantise import launch as dequantise
     from ftops.numba_kernels.linear_packed import launch
 
-    def linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        few = 0 < x.numel() <= MAX_ROWS * x.shape[-1] and x.dtype is not torch.float32
-        return (launch if few else _library)(x, *rest)
+    def linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
+        K = x.shape[-1]
+        if x.dtype is torch.float32:
+            dense = (dequantise_4bit if packed.dim() == 4 else dequantise_8bit)(packed, scales, features, K, x.dtype)
+        elif 0 < x.numel() <= MAX_ROWS * K:
+            return launch(x, packed, scales, features, *rest)
+        else:
+            dense = dequantise(packed, scales, features, K)
+        return library(x, dense, *rest)
     return linear
 
 
-def _fake(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
-          residual: torch.Tensor | None) -> torch.Tensor:
+def fake(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
+         residual: torch.Tensor | None) -> torch.Tensor:
     return torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
 
 
 LINEAR_W4A16 = register("linear_w4a16(Tensor x, Tensor packed, Tensor scales, int features, Tensor? bias, str? activation, "
-                        "Tensor? residual) -> Tensor", cpu=_library, cuda=_cuda, fake=_fake)
+                        "Tensor? residual) -> Tensor", cpu=_library, cuda=on_gpu, fake=fake)
 _linear_w4a16 = straight(LINEAR_W4A16)
 
 
@@ -73,21 +81,22 @@ def linear_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, sh
     return _linear_w4a16(x, packed, scales, N, bias, activation, residual)
 
 
+def sample(shape: tuple[int, ...], N: int, packed: torch.Tensor, scales: torch.Tensor, device: torch.device, dtype: torch.dtype,
+           bias: bool = False, activation: str | None = None, residual: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One call with random x of `shape`."""
+    args = randn(shape, device, dtype), packed.to(device), scales.to(device, dtype), (N, shape[-1])
+    return (*args, randn((N,), device, dtype) if bias else None), {
+        "activation": activation, "residual": randn((*shape[:-1], N), device, dtype) if residual else None}
+
+
 def cases() -> Iterator[Case]:
     def case(name: str, shape: tuple[int, ...], N: int, group_size: int = 128, zeros: bool = False, **options: Any) -> Case:
         def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            K = shape[-1]
-            groups = -(-K // group_size)
-            q = torch.randint(16, (N, K), dtype=torch.uint8)
-            scales = (torch.rand(N, groups) + 0.5) / (8 * K ** 0.5)
+            q = torch.randint(16, (N, shape[-1]), dtype=torch.uint8)
+            scales = (torch.rand(N, -(-shape[-1] // group_size)) + 0.5) / (8 * shape[-1] ** 0.5)
             if zeros:
                 scales = torch.stack((scales, torch.randint(16, scales.shape)), -1)
-            given: dict[str, Any] = {"activation": options.get("activation")}
-            if options.get("residual"):
-                given["residual"] = randn((*shape[:-1], N), device, dtype)
-            bias = randn((N,), device, dtype) if options.get("bias") else None
-            packed, scales = pack_4bit(q, group_size), pack_groups(scales)
-            return (randn(shape, device, dtype), packed.to(device), scales.to(device, dtype), (N, K), bias), given
+            return sample(shape, N, pack_4bit(q, group_size), pack_groups(scales), device, dtype, **options)
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)

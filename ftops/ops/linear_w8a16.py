@@ -5,7 +5,7 @@ for more, W is written out once in x's dtype and the library multiplies.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ import torch
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
 from ftops.ops.linear import check_beside_weight, library
 from ftops.ops.linear import reference as linear_reference
+from ftops.ops.linear_w4a16 import fake, on_gpu, sample
 from ftops.packing import PIECE_K, dequantise_8bit, described, pack_8bit, pack_groups, tiles_of
-from ftops.samples import randn
 
 KERNEL = "linear_packed"
-MAX_ROWS = 64  # of x that the kernel is for
 
 
 def reference(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None,
@@ -30,22 +29,8 @@ def _library(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, featur
     return library(x, dequantise_8bit(packed, scales, features, x.shape[-1], x.dtype), *rest)
 
 
-def _cuda() -> Callable[..., Any]:
-    from ftops.numba_kernels.linear_packed import launch
-
-    def linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        few = 0 < x.numel() <= MAX_ROWS * x.shape[-1] and x.dtype is not torch.float32
-        return (launch if few else _library)(x, *rest)
-    return linear
-
-
-def _fake(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
-          residual: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
-
-
 LINEAR_W8A16 = register("linear_w8a16(Tensor x, Tensor packed, Tensor scales, int features, Tensor? bias, str? activation, "
-                        "Tensor? residual) -> Tensor", cpu=_library, cuda=_cuda, fake=_fake)
+                        "Tensor? residual) -> Tensor", cpu=_library, cuda=on_gpu, fake=fake)
 _linear_w8a16 = straight(LINEAR_W8A16)
 
 
@@ -71,14 +56,9 @@ def linear_w8a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, sh
 def cases() -> Iterator[Case]:
     def case(name: str, shape: tuple[int, ...], N: int, **options: Any) -> Case:
         def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            K = shape[-1]
-            packed = pack_8bit(torch.randint(-128, 128, (N, K), dtype=torch.int8))
-            scales = pack_groups((torch.rand(N, 1) + 0.5) / (100 * K ** 0.5))
-            given: dict[str, Any] = {"activation": options.get("activation")}
-            if options.get("residual"):
-                given["residual"] = randn((*shape[:-1], N), device, dtype)
-            bias = randn((N,), device, dtype) if options.get("bias") else None
-            return (randn(shape, device, dtype), packed.to(device), scales.to(device, dtype), (N, K), bias), given
+            packed = pack_8bit(torch.randint(-128, 128, (N, shape[-1]), dtype=torch.int8))
+            scales = pack_groups((torch.rand(N, 1) + 0.5) / (100 * shape[-1] ** 0.5))
+            return sample(shape, N, packed, scales, device, dtype, **options)
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)

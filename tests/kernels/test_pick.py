@@ -11,8 +11,10 @@ from ftops.numba_kernels import (
     KERNELS,
     append_kv,
     attention_plain,
+    attention_sm90,
     bias_activation,
     decode_mma,
+    dequantise,
     elementwise,
     gated_activation,
     layer_norm,
@@ -59,6 +61,8 @@ def picked(name: str) -> Iterator[Spec]:
         yield from (rotary_append.spec(rotary_append.Config(dtype, vec)) for dtype, _, vec in rows())
     elif name == "sample":
         yield from (sample.spec(sample.pick(dtype, vec)) for dtype, _, vec in rows())
+    elif name == "dequantise":
+        yield from (dequantise.spec(dequantise.Config(kind, dtype)) for kind in ("int4", "int8") for dtype in HALVES)
     elif name == "linear_packed":
         yield from (linear_packed.spec(linear_packed.pick(kind, dtype, rows, size)) for kind in ("int4", "int8") for dtype in HALVES
                     for rows in range(1, 100) for size in (32, 64, 128))
@@ -70,6 +74,8 @@ def picked(name: str) -> Iterator[Spec]:
         for module in {sys.modules[spec.make.__module__] for spec in variants_of(name)} - {attention_plain}:
             yield from (module.spec(module.pick(dtype, next(d for d in module.HEAD_DIMS if d >= dim), extras))
                         for dtype in HALVES for dim in range(1, 257) for extras in (False, True))
+        yield from (attention_sm90.spec(attention_sm90.pick(dtype, dim, extras, True)) for dtype in HALVES
+                    for dim in attention_sm90.HEAD_DIMS for extras in (False, True))
     elif name == "decode_attention":
         yield from (decode_mma.spec(decode_mma.pick(dtype, cache, dim, queries)) for dtype in HALVES
                     for cache in ("16-bit", "int8", "float8_e4m3fn") for dim in range(1, 257) for queries in range(1, 129))
