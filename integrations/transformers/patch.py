@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ftops.integrations.transformers.arch import Arch, Unfit
 from ftops.integrations.transformers.archs import ARCHS
 from ftops.integrations.transformers.attention import ROWS, WHOLE, AttentionState, register
+from ftops.integrations.transformers.generate import Generating, restore_generate, swap_generate
 from ftops.integrations.transformers.layer import FusedLayer, examine, restore_layer, swap_layer
 from ftops.integrations.transformers.leaves import FusedNorm, NormState, examine_norm, is_norm, restore_norm, swap_norm
 from ftops.integrations.transformers.swap import offloaded
@@ -73,6 +74,8 @@ def unpatch(model: nn.Module) -> nn.Module:
             restore_layer(module)
         elif isinstance(module, FusedNorm):
             restore_norm(module)
+        elif isinstance(module, Generating):
+            restore_generate(module)
         module.__dict__.pop("_ftops_attention", None)
         module.__dict__.pop("_ftops_plan", None)
         before = module.__dict__.pop("_ftops_before", None)
@@ -184,6 +187,7 @@ def apply(model: nn.Module, plan: Plan) -> None:
         for module in model.modules():
             if isinstance(module, FusedLayer) and (module._ftops.block is None or module._ftops.disturbed()):
                 module._ftops.build(module)
+        swap_generate(model)
     except BaseException:
         unpatch(model)
         raise

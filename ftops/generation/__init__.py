@@ -1,0 +1,14 @@
+"""The generation loop: a prompt through a decoder, then one step a token, on a GPU as replays of one CUDA graph.
+
+options.py   what a request can ask for, checked, as tensors
+rules.py     what becomes of the logits before a token is drawn, and when a row has ended: torch ops that a graph can hold
+session.py   tensors at fixed addresses for one batch size and length, and the graphs captured over them
+loop.py      the loop: an iterator of tokens, and everything it made
+"""
+from __future__ import annotations
+
+from ftops.generation.loop import Decoder, Generated, Loop
+from ftops.generation.options import Options
+from ftops.generation.session import Session
+
+__all__ = ["Decoder", "Generated", "Loop", "Options", "Session"]

@@ -1,0 +1,291 @@
+"""ftops.generate, and `model.generate` of a patched model: transformers prepares, the loop of ftops/generation generates.
+
+transformers' own `generate` reads its configuration, makes its processors and criteria, and then calls `_sample`, which is here. What
+these ask for and the loop has a word for is done on the device; other callables are called at every step; what remains, such as outputs
+that the loop does not keep, transformers' own loop does, and that is said once.
+"""
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import StaticLayer
+from transformers.generation import logits_process as processors_of
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from ftops.generation import Generated, Loop, Options, Session
+from ftops.generation.options import parse
+from ftops.integrations.transformers.layer import FusedLayer
+from ftops.integrations.transformers.swap import Swapped, change_class, original_class, swapped_class
+
+_LOG = logging.getLogger("ftops")
+_SAID: set[str] = set()
+_SESSIONS: weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[tuple, Session]]] = weakref.WeakKeyDictionary()
+STEP = 256  # tokens by which a cache is longer or shorter than another
+
+
+class Slots(StaticLayer):
+    """Keys and values of one layer, in memory that the next prompt uses again: a captured graph knows where it lies."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self.keys is None:
+            super().lazy_initialization(key_states, value_states)
+        self.is_initialized = True
+
+    def rewind(self) -> None:
+        """Forgets what is there. A layer that counts as new lets a prompt attend to itself alone, without the rest of the buffer."""
+        self.is_initialized = False
+        self.cumulative_length.zero_()
+
+
+class CausalDecoder:
+    """A patched decoder with a cache of its own: static where a step is captured, otherwise one that grows."""
+
+    def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
+        self._model, config = weakref.ref(model), model.config.get_text_config(decoder=True)
+        self.device, self.words, self.config = model.device, config.vocab_size, config
+        self.capturable = model.device.type == "cuda" and not any("_hf_hook" in module.__dict__ for module in model.modules())
+        with torch.inference_mode(False):
+            self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
+            self._mask = torch.ones((batch, capacity), dtype=torch.int64, device=model.device)
+            self._rows = torch.zeros((batch, 1, 1, capacity), dtype=model.dtype, device=model.device)
+        self._padded, self._length = False, 0
+        self._cache = Cache(layers=[Slots(capacity) for _ in range(config.num_hidden_layers)]) if self.capturable else None
+
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+        self._padded, self._length = mask is not None and not bool(mask.all()), ids.shape[1]
+        if positions is None:
+            positions = torch.arange(self._length, device=ids.device).expand_as(ids)
+            if self._padded:
+                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        self._positions.copy_(positions[:, -1:] + 1)
+        if self._padded:
+            self._mask[:, : self._length] = mask
+            self._mask[:, self._length :] = 1
+            self._rows.zero_().masked_fill_(self._mask[:, None, None] == 0, float("-inf"))
+        if self.capturable:
+            for layer in self._cache.layers:
+                layer.rewind()
+        else:
+            self._cache = DynamicCache(config=self.config)
+        return self._run(ids, mask if self._padded else None, positions, logits_to_keep=1)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._length += 1
+        mask = self._rows if self.capturable else self._mask[:, : self._length]
+        logits = self._run(tokens, mask if self._padded else None, self._positions)
+        self._positions.add_(1)
+        return logits
+
+    def shape(self) -> tuple[object, ...]:
+        return (self._padded,)
+
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, **options: Any) -> torch.Tensor:
+        return self._model()(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
+                             **options).logits[:, -1]
+
+
+def unfit(model: object) -> str | None:
+    """Why the loop cannot run this model, or None."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
+        return "it is no decoder with a language modelling head"
+    layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
+    if len(layers) != model.config.get_text_config(decoder=True).num_hidden_layers:
+        return "not all of its layers are ftops blocks" if layers else "it has no ftops block; call ftops.patch(model) first"
+    unserved = next((layer._ftops.reason for layer in layers if layer._ftops.block is None), None)
+    if unserved is not None:
+        return f"a layer is not served: {unserved}"
+    return None if all(layer._ftops.block.spec.causal for layer in layers) else "its attention is not causal"
+
+
+@contextmanager
+def session(model: PreTrainedModel, batch: int, length: int) -> Iterator[Session]:
+    """A session for `batch` rows of `length` tokens: the last one, with its graphs, if it fits and nothing about the model has changed."""
+    # Graphs hold addresses of weights; hooks draw a number each when they are registered, and a replay would not call them.
+    now = (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), torch.utils.hooks.RemovableHandle.next_id,
+           model.training, model.dtype)
+    kept = _SESSIONS.pop(model, [])
+    found = next((one for seen, one in kept if seen == now and one.batch == batch and length <= one.capacity <= max(2 * length, STEP)), None)
+    if found is None:
+        kept.clear()  # before memory is asked for
+        capacity = -(-length // STEP) * STEP if model.device.type == "cuda" else length
+        found = Session(CausalDecoder(model, batch, capacity), batch, capacity)
+    try:
+        yield found
+    finally:
+        _SESSIONS[model] = [(now, found)]
+
+
+def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, return_logprobs: bool = False,
+             return_logits: bool = False, **options: Any) -> torch.Tensor | Generated:
+    """See `ftops.generate`."""
+    parsed = _checked(model, input_ids, attention_mask, options)
+    with session(model, len(input_ids), input_ids.shape[1] + _most(parsed)) as one:
+        loop = Loop(one, parsed, input_ids, attention_mask, logprobs=return_logprobs, logits=return_logits)
+        for _ in loop:
+            pass
+        made = loop.result()
+    return made if return_logprobs or return_logits else made.sequences
+
+
+def _checked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> Options:
+    """Everything that can be wrong with a call. Ids of end and padding come from the model's generation_config unless given."""
+    reason = unfit(model)
+    if reason is not None:
+        raise ValueError(f"generate: {type(model).__name__} cannot be served: {reason}")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
+        raise ValueError("generate: input_ids is " + (f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else
+                                                      type(ids).__name__) + "; allowed: int64 [B,S] with at least one token a row")
+    if ids.device != model.device:
+        raise ValueError(f"generate: input_ids is on {ids.device} but the model on {model.device}; move it, input_ids.to(model.device)")
+    if mask is not None and (mask.shape != ids.shape or mask.device != ids.device):
+        raise ValueError(f"generate: attention_mask is {tuple(mask.shape)} on {mask.device}; allowed: {tuple(ids.shape)} on {ids.device}")
+    config = model.generation_config
+    given = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id} | options
+    parsed = parse(given, len(ids), model.config.get_text_config(decoder=True).vocab_size)
+    if parsed.pad_token_id is None and parsed.eos:
+        parsed = parse({**given, "pad_token_id": parsed.eos[0]}, len(ids), model.config.get_text_config(decoder=True).vocab_size)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest and ids.shape[1] + _most(parsed) > longest:
+        raise ValueError(f"generate: input_ids of {ids.shape[1]} tokens and max_new_tokens {_most(parsed)} exceed the {longest} positions "
+                         "of this model; shorten one of them")
+    return parsed
+
+
+def _most(options: Options) -> int:
+    return int(options.max_new_tokens.max()) if isinstance(options.max_new_tokens, torch.Tensor) else options.max_new_tokens
+
+
+class Generating(Swapped):
+    """What a patched model does in place of transformers' `_sample`, greedy decoding included."""
+
+    def _sample(self, input_ids: torch.Tensor, logits_processor: list, stopping_criteria: list, generation_config: Any,
+                synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any) -> Any:
+        reason = unfit(self) or _unserved(input_ids, generation_config, synced_gpus, model_kwargs)
+        options = None
+        if reason is None:
+            options, reason = _translated(input_ids, logits_processor, stopping_criteria, generation_config)
+        if reason is not None:
+            if reason not in _SAID:
+                _SAID.add(reason)
+                _LOG.warning("generate: %s; transformers' own loop does it", reason)
+            return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
+                                   streamer=streamer, **model_kwargs)
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        with session(self, len(input_ids), input_ids.shape[1] + _most(options)) as one:
+            loop = Loop(one, options, input_ids, mask, positions, _counted(input_ids, logits_processor))
+            for tokens in loop:
+                if streamer is not None:
+                    streamer.put(tokens)
+            if streamer is not None:
+                streamer.end()
+            return loop.result().sequences
+
+
+def _unserved(ids: torch.Tensor, config: Any, synced: bool, given: dict[str, Any]) -> str | None:
+    """Why transformers' own loop must run, or None."""
+    if synced:
+        return "synced_gpus=True"
+    if config.return_dict_in_generate:
+        return "return_dict_in_generate=True"
+    if not given.get("use_cache", True):
+        return "use_cache=False"
+    if config.cache_implementation not in (None, "dynamic", "static"):
+        return f"cache_implementation={config.cache_implementation!r}"
+    if getattr(given.get("past_key_values"), "_is_user_defined", False):
+        return "past_key_values of the caller's"
+    if config.prefill_chunk_size is not None:
+        return "prefill_chunk_size"
+    if config.is_assistant:
+        return "the model assists another"
+    if not ids.shape[1] or given.get("inputs_embeds") is not None:
+        return "inputs_embeds"
+    if torch.is_autocast_enabled(ids.device.type):
+        return "autocast"
+    if given.get("position_ids") is not None and given["position_ids"].shape != ids.shape:
+        return f"position_ids of shape {tuple(given['position_ids'].shape)}"
+    known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+    extra = [name for name, value in given.items() if value is not None and name not in known]
+    return f"argument {extra[0]}" if extra else None
+
+
+# What the loop does itself, in its order, which is transformers'.
+_ORDER = (processors_of.SequenceBiasLogitsProcessor, processors_of.RepetitionPenaltyLogitsProcessor,
+          processors_of.NoRepeatNGramLogitsProcessor, processors_of.NoBadWordsLogitsProcessor, processors_of.MinLengthLogitsProcessor,
+          processors_of.MinNewTokensLengthLogitsProcessor, processors_of.SuppressTokensLogitsProcessor,
+          processors_of.TemperatureLogitsWarper, processors_of.TopKLogitsWarper, processors_of.TopPLogitsWarper,
+          processors_of.MinPLogitsWarper, processors_of.TypicalLogitsWarper)
+
+
+def _translated(ids: torch.Tensor, processors: list, criteria: list, config: Any) -> tuple[Options | None, str | None]:
+    """transformers' processors and criteria as options, or why not."""
+    lengths = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
+    eos = [word for one in criteria if type(one) is EosTokenCriteria for word in one.eos_token_id.tolist()]
+    others = [one for one in criteria if not isinstance(one, MaxLengthCriteria) and type(one) is not EosTokenCriteria]
+    if not lengths or min(lengths) <= ids.shape[1]:
+        return None, "no max_length beyond the prompt"
+    pad = config._pad_token_tensor if any(hasattr(one, "eos_token_id") for one in criteria) else None
+    if eos and pad is None:
+        return None, "no pad_token_id"
+    asked: dict[str, Any] = {"max_new_tokens": min(lengths) - ids.shape[1], "eos_token_id": eos, "criteria": others,
+                             "pad_token_id": None if pad is None else int(pad)}
+    if config.do_sample:
+        # The caller's seed, torch.manual_seed, gives each row its own.
+        asked |= {"temperature": 1.0, "seed": torch.randint(2 ** 62, (len(ids),))}
+    places = [_ORDER.index(type(one)) if type(one) in _ORDER else None for one in processors]
+    if None in places or sorted(set(places)) != places or not all(_take(one, ids, eos, asked) for one in processors):
+        for name in set(asked) - {"max_new_tokens", "eos_token_id", "criteria", "pad_token_id", "temperature", "seed"}:
+            del asked[name]
+        asked |= {"processors": list(processors), **({"temperature": 1.0} if config.do_sample else {})}
+    return Options(**asked), None
+
+
+def _take(one: Any, ids: torch.Tensor, eos: list[int], asked: dict[str, Any]) -> bool:
+    """Writes what a processor asks for into `asked`; False if the loop cannot do just that."""
+    if getattr(one, "min_tokens_to_keep", 1) != 1 or getattr(one, "filter_value", float("-inf")) != float("-inf"):
+        return False
+    kind = type(one).__name__
+    if kind in ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"):
+        least = one.min_length - ids.shape[1] if kind == "MinLengthLogitsProcessor" else one.min_new_tokens
+        asked["min_new_tokens"] = max(asked.get("min_new_tokens", 0), least)
+        return set(torch.as_tensor(one.eos_token_id).flatten().tolist()) == set(eos)
+    if kind == "SuppressTokensLogitsProcessor":
+        asked["logit_bias"] = dict.fromkeys(one.suppress_tokens.tolist(), float("-inf"))
+    elif kind == "SequenceBiasLogitsProcessor":
+        asked["sequence_bias"] = one.sequence_bias
+    elif kind == "NoBadWordsLogitsProcessor":
+        asked["bad_words"] = list(one.sequence_bias)
+    else:
+        option, attribute = {
+            "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", "penalty"), "NoRepeatNGramLogitsProcessor":
+            ("no_repeat_ngram_size", "ngram_size"), "TemperatureLogitsWarper": ("temperature", "temperature"), "TopKLogitsWarper":
+            ("top_k", "top_k"), "TopPLogitsWarper": ("top_p", "top_p"), "MinPLogitsWarper": ("min_p", "min_p"), "TypicalLogitsWarper":
+            ("typical_p", "mass")}[kind]
+        asked[option] = getattr(one, attribute)
+    return True
+
+
+def _counted(ids: torch.Tensor, processors: list) -> torch.Tensor:
+    """bool [B,S]: which tokens of the prompt the repetition penalty counts; before 5.23 transformers counts padding too."""
+    ignored = next((one.prompt_ignore_length for one in processors if isinstance(one, processors_of.RepetitionPenaltyLogitsProcessor)), None)
+    if ignored is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    return torch.arange(ids.shape[1], device=ids.device) >= torch.as_tensor(ignored, device=ids.device).view(-1, 1).expand(len(ids), 1)
+
+
+def swap_generate(model: torch.nn.Module) -> None:
+    """Gives every decoder in `model` whose layers are all fused the loop for its `generate`."""
+    for module in model.modules():
+        if unfit(module) is None and not isinstance(module, Generating):
+            change_class(module, swapped_class(Generating, type(module)))
+
+
+def restore_generate(module: torch.nn.Module) -> None:
+    """The module's own `generate` again; what was kept for the next call is let go."""
+    _SESSIONS.pop(module, None)
+    change_class(module, original_class(module))
