@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import attention_problems, row_problems
+from bench import attention_problems, linear_problems, row_problems
 from bench.method import CLOCK, Side, allowed_error, copies_for, error
 from bench.problem import DTYPE, Problem, from_cases, nbytes
 from bench.record import OURS, Record
 from ftops.ops import OPS
 
-PROBLEMS = [*attention_problems.PROBLEMS, *row_problems.PROBLEMS]
+PROBLEMS = [*attention_problems.PROBLEMS, *linear_problems.PROBLEMS, *row_problems.PROBLEMS]
 PROBLEMS += [from_cases(op) for op in OPS if op not in {problem.op for problem in PROBLEMS}]
 
 
