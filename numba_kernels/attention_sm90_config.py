@@ -12,7 +12,7 @@ INFO_BYTES, INFO_SLOTS = 48, 4
 class Config:
     """head_dim: padded; extras: softcap, bias, ALiBi or a scale that is not positive; consumers: warpgroups of 64 query rows; keys: rows
     of a K or V tile; stages: K and V tiles in shared memory, of each; q_stages: tiles of Q, 1 or 2; turns: consumers take turns at the
-    tensor cores; under: P V is started piecemeal between the instructions of the next softmax, not ahead of it.
+    tensor cores.
     """
 
     dtype: str
@@ -23,7 +23,6 @@ class Config:
     stages: int
     q_stages: int
     turns: bool
-    under: bool
 
     @property
     def rows(self) -> int:
@@ -31,7 +30,7 @@ class Config:
 
     @property
     def threads(self) -> int:
-        return 128 * (1 + self.consumers)
+        return 128 * (self.consumers + 1)
 
     @property
     def chunks(self) -> int:
@@ -90,19 +89,26 @@ class Config:
         return self.info_at + INFO_BYTES * INFO_SLOTS + 1008
 
 
-def pick(dtype: str, head_dim: int, extras: bool) -> Config:
-    return Config(dtype, head_dim, extras, *(_EXTRA_TILES if extras else _TILES)[head_dim])
+def pick(dtype: str, head_dim: int, extras: bool, short: bool = False) -> Config:
+    """short: all keys of a sequence are one tile, as in short prompts."""
+    tiles = _EXTRA_TILES if extras else _TILES | _SHORT_TILES if short else _TILES
+    return Config(dtype, head_dim, extras, *tiles[head_dim])
 
 
-# consumers, keys, stages, q_stages, turns, under: the fastest measured over the rows of docs/tuning/attention_sm90.md. Six stages at 64
-# hold the keys of the next head while a short sequence finishes this one (BERT at 384: 353 TFLOP/s, 310 with two).
+# consumers, keys, stages, q_stages, turns: the fastest measured over the rows of docs/tuning/attention_sm90.md. Keys are released after the
+# softmax, so that two stages are few; at 192 and 256 no more have room. Five at 64 hold the keys of the next head while a short sequence
+# finishes this one.
 _TILES = {
-    64: (3, 96, 6, 2, False, True),
-    80: (2, 128, 2, 1, True, False),
-    96: (2, 128, 2, 1, True, False),
-    128: (2, 160, 2, 1, True, False),
-    192: (2, 112, 2, 1, False, False),
-    256: (2, 80, 2, 1, False, False),
+    64: (3, 128, 5, 2, True),
+    80: (2, 128, 3, 1, True),
+    96: (2, 128, 3, 1, True),
+    128: (2, 128, 3, 1, True),
+    192: (2, 112, 2, 1, False),
+    256: (2, 80, 2, 1, True),
 }
+# One tile of keys is all there is: the next block of queries comes while this one is worked on (128 keys, 32 heads over 8: 17.7 us; 25.1
+# with one place for Q).
+SHORT = 128
+_SHORT_TILES = {head_dim: (2, SHORT, 2, 2, True) for head_dim in (80, 96, 128)}
 # The most keys whose scores and bias fit the registers.
-_EXTRA_TILES = {head_dim: (2, 64, 2, 1, head_dim <= 128, False) for head_dim in HEAD_DIMS[:-1]} | {256: (2, 48, 2, 1, False, False)}
+_EXTRA_TILES = {head_dim: (2, 64, 2, 1, head_dim <= 128) for head_dim in HEAD_DIMS[:-1]} | {256: (2, 48, 2, 1, False)}

@@ -12,15 +12,18 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels import ptx_sm90 as hopper
-from ftops.numba_kernels.attention_common import MINUS_INFINITY
 from ftops.numba_kernels.attention_sm90_config import Config
 
 # Matrix descriptors: 128-byte swizzle, groups of 8 rows 1024 bytes apart; bits 16 to 29: from one 64-column chunk to the next, in 16 bytes,
 # read for MN-major operands alone.
 _SWIZZLED = (1 << 62) | (64 << 32)
-# A running maximum stays while no score of the row is beyond it by more than 2 ** 8: P is then at most 256, exact in scale for both dtypes,
-# and O need not be rescaled. It is what FlashAttention-4 does.
+# A base stays while no score of the row is beyond it by more than 2 ** 8, so that O is seldom rescaled. It is what FlashAttention-4 does.
 SLACK = np.float32(8)
+# The base of a row that has seen nothing: finite, since -inf - -inf is NaN, and below whatever may come.
+LOWEST = np.float32(-3e38)
+# A base may be any score of the row, as long as P stays within the dtype and sums within float32: the most that a thread's share of a row
+# of one tile may add up to before the row is measured anew.
+LOOSE = {"float16": np.float32(2.0 ** 15), "bfloat16": np.float32(2.0 ** 60)}
 
 
 def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callable]:
@@ -34,7 +37,6 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
     product, product_p = hopper.wgmma_shared(config.dtype, config.keys), hopper.wgmma_registers(config.dtype, config.head_dim)
     plain, strided = np.uint64(_SWIZZLED), np.uint64(_SWIZZLED | (k_chunk << 16))
     mask = np.uint32(0x3FFFF)
-    maximum = ptx.maximum
 
     @cuda.jit(device=True, forceinline=True)
     def row_major(address):
@@ -59,47 +61,35 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
             product_p(out, 0, prob[4 * s], prob[4 * s + 1], prob[4 * s + 2], prob[4 * s + 3], v + np.uint64(128 * s))
         hopper.wgmma_commit()
 
-    @cuda.jit(device=True, forceinline=True)
-    def accumulate_under(out, prob, v, score):
-        """accumulate, and each row's highest score of this thread, whose comparisons fill the time that issuing wgmma takes."""
-        even_0, odd_0, even_1, odd_1 = score[0], score[1], score[2], score[3]
-        hopper.wgmma_fence()
-        for s in range(key_steps):
-            product_p(out, 0, prob[4 * s], prob[4 * s + 1], prob[4 * s + 2], prob[4 * s + 3], v + np.uint64(128 * s))
-            if s > 0:
-                for j in range(2 * s - 2, 2 * s):
-                    even_0 = maximum(even_0, score[4 * j])
-                    odd_0 = maximum(odd_0, score[4 * j + 1])
-                    even_1 = maximum(even_1, score[4 * j + 2])
-                    odd_1 = maximum(odd_1, score[4 * j + 3])
-        hopper.wgmma_commit()
-        for j in range(2 * key_steps - 2, 2 * key_steps):
-            even_0 = maximum(even_0, score[4 * j])
-            odd_0 = maximum(odd_0, score[4 * j + 1])
-            even_1 = maximum(even_1, score[4 * j + 2])
-            odd_1 = maximum(odd_1, score[4 * j + 3])
-        return maximum(even_0, odd_0), maximum(even_1, odd_1)
-
-    return row_major, column_major, scores, accumulate, accumulate_under
+    return row_major, column_major, scores, accumulate
 
 
-def make_softmax(config: Config) -> tuple[Callable, Callable, Callable]:
-    """(softmax, rescale, pack).
+def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable, Callable, Callable]:
+    """(sample, highest, settle, powers, rescale, pack).
 
-    softmax(score, top, total, factor) -> (r0, r1): score := 2 ** (factor * (score - top)) with top raised where the row outgrew it, total
-    brought up to date, r what O of the thread's two rows must be multiplied by. rescale(out, r0, r1) does it, unless all of the warp are 1.
-    pack(prob, score): P in the dtype, as the A fragments of P V.
+    A row is measured from a base: P = 2 ** (factor * score - base). sample(score), highest(score): the highest of a few and of all scores
+    of a thread's two rows. settle(high_0, high_1, base, factor) -> (r0, r1): bases raised to the highest of the quad, r what O and
+    the sums so far must be multiplied by. powers(score, base, factor) -> sums of the two rows: score := P. rescale(out, total, r0, r1),
+    unless all of the warp are 1. pack(prob, score): P in the dtype, as the A fragments of P V.
     """
     tiles, out_tiles = config.keys // 8, config.head_dim // 8
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
     pair = ptx.PAIR[config.dtype]
+    step = max(1, tiles // 2)
 
     @cuda.jit(device=True, forceinline=True)
     def raised(old, high, factor):
-        """The maximum to measure a row from."""
         high = ptx.maximum(high, quad_1(high))
-        high = ptx.maximum(high, quad_2(high))
-        return high if (high - old) * factor > SLACK else old
+        high = ptx.maximum(high, quad_2(high)) * factor
+        return high if high - old > SLACK else old
+
+    @cuda.jit(device=True, forceinline=True)
+    def sample(score):
+        high_0, high_1 = ptx.maximum(score[0], score[1]), ptx.maximum(score[2], score[3])
+        for j in range(step, tiles, step):
+            high_0 = ptx.maximum(high_0, ptx.maximum(score[4 * j], score[4 * j + 1]))
+            high_1 = ptx.maximum(high_1, ptx.maximum(score[4 * j + 2], score[4 * j + 3]))
+        return high_0, high_1
 
     @cuda.jit(device=True, forceinline=True)
     def highest(score):
@@ -112,34 +102,34 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable]:
         return ptx.maximum(even_0, odd_0), ptx.maximum(even_1, odd_1)
 
     @cuda.jit(device=True, forceinline=True)
-    def softmax(score, high_0, high_1, top, total, factor):
-        new_0, new_1 = raised(top[0], high_0, factor), raised(top[1], high_1, factor)
-        # A row that has seen nothing is measured from 0: -inf - -inf would be NaN.
-        from_0 = np.float32(0) if new_0 == MINUS_INFINITY else new_0 * factor
-        from_1 = np.float32(0) if new_1 == MINUS_INFINITY else new_1 * factor
-        r0, r1 = ptx.exp2(ptx.fma(top[0], factor, -from_0)), ptx.exp2(ptx.fma(top[1], factor, -from_1))
-        if new_0 == top[0]:
-            r0 = np.float32(1)
-        if new_1 == top[1]:
-            r1 = np.float32(1)
-        top[0], top[1] = new_0, new_1
-        sum_0, sum_1, sum_2, sum_3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for j in range(tiles):
-            score[4 * j] = ptx.exp2(ptx.fma(score[4 * j], factor, -from_0))
-            score[4 * j + 1] = ptx.exp2(ptx.fma(score[4 * j + 1], factor, -from_0))
-            score[4 * j + 2] = ptx.exp2(ptx.fma(score[4 * j + 2], factor, -from_1))
-            score[4 * j + 3] = ptx.exp2(ptx.fma(score[4 * j + 3], factor, -from_1))
+    def settle(high_0, high_1, base, factor):
+        new_0, new_1 = raised(base[0], high_0, factor), raised(base[1], high_1, factor)
+        r0, r1 = ptx.exp2(base[0] - new_0), ptx.exp2(base[1] - new_1)
+        base[0], base[1] = new_0, new_1
+        return r0, r1
+
+    @cuda.jit(device=True, forceinline=True)
+    def powers(score, base, factor):
+        base_0, base_1 = base[0], base[1]
+        for i in range(4):
+            score[i] = ptx.exp2(ptx.fma(score[i], factor, -(base_0 if i < 2 else base_1)))
+        sum_0, sum_1, sum_2, sum_3 = score[0], score[1], score[2], score[3]
+        for j in range(1, tiles):
+            score[4 * j] = ptx.exp2(ptx.fma(score[4 * j], factor, -base_0))
+            score[4 * j + 1] = ptx.exp2(ptx.fma(score[4 * j + 1], factor, -base_0))
+            score[4 * j + 2] = ptx.exp2(ptx.fma(score[4 * j + 2], factor, -base_1))
+            score[4 * j + 3] = ptx.exp2(ptx.fma(score[4 * j + 3], factor, -base_1))
             sum_0 += score[4 * j]
             sum_1 += score[4 * j + 1]
             sum_2 += score[4 * j + 2]
             sum_3 += score[4 * j + 3]
-        total[0] = ptx.fma(total[0], r0, sum_0 + sum_1)
-        total[1] = ptx.fma(total[1], r1, sum_2 + sum_3)
-        return r0, r1
+        return sum_0 + sum_1, sum_2 + sum_3
 
     @cuda.jit(device=True, forceinline=True)
-    def rescale(out, r0, r1):
+    def rescale(out, total, r0, r1):
         if ptx.ballot(np.uint32(r0 != np.float32(1) or r1 != np.float32(1))) != np.uint32(0):
+            total[0] *= r0
+            total[1] *= r1
             for j in range(out_tiles):
                 out[4 * j] *= r0
                 out[4 * j + 1] *= r0
@@ -151,7 +141,7 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable]:
         for i in range(2 * tiles):
             prob[i] = pair(score[2 * i], score[2 * i + 1])
 
-    return highest, softmax, rescale, pack
+    return sample, highest, settle, powers, rescale, pack
 
 
 def make_clear(config: Config) -> Callable:

@@ -24,6 +24,9 @@ fence_mbarrier_init = ptx("fence_mbarrier_init", "fence.mbarrier_init.release.cl
 fence_proxy_async = ptx("fence_proxy_async", "fence.proxy.async.shared::cta;")  # ordinary stores before it, wgmma and TMA after it
 bar_sync = ptx("bar_sync", "bar.sync $0, $1;", "", "rr")  # named barrier $0 of $1 threads
 bar_arrive = ptx("bar_arrive", "bar.arrive $0, $1;", "", "rr")
+# Whether $2 is not 0 in any of the $1 threads that meet at named barrier $0.
+bar_any = ptx("bar_any", "{ .reg .pred p, q; setp.ne.u32 p, $3, 0; barrier.cta.red.or.pred q, $1, $2, p; selp.u32 $0, 1, 0, q; }", "r",
+              "rrr")
 prefetch_tensor_map = ptx("prefetch_tensor_map", "prefetch.tensormap [$0];", "", "l")
 # A box of map $1 at coordinates $3 .. $6, innermost first, to shared memory $0; mbarrier $2 counts its bytes. Out of bounds are zeros.
 tma_load_4d = ptx("tma_load_4d", "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "

@@ -1,0 +1,69 @@
+"""The launch of attention on Hopper: which variant, tensor maps, the order of tiles, and the counters that blocks take them from."""
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from ftops.numba_kernels.attention_common import address
+from ftops.numba_kernels.attention_sm90 import spec
+from ftops.numba_kernels.attention_sm90_config import CHUNK, HEAD_DIMS, pick
+from ftops.numba_kernels.launch import Kernel, load, multiprocessors
+from ftops.numba_kernels.rows import DTYPE_NAME
+from ftops.numba_kernels.tma import tiles as tiles_of
+
+_SECTION_BYTES = 32 << 20  # keys and values that stay in an L2 of 50 MB while all their query rows pass
+_COUNTERS: dict[tuple[int, int], torch.Tensor] = {}
+_STOCK: dict[int, tuple[torch.Tensor, Iterator[int]]] = {}
+
+
+@functools.cache
+def kernel(dtype: torch.dtype, dim: int, extras: bool, short: bool, device: int) -> Kernel:
+    """Raises RuntimeError during graph capture, unless it was asked for before."""
+    loaded = load(spec(pick(DTYPE_NAME[dtype], next(d for d in HEAD_DIMS if d >= dim), extras, short)), device)
+    if device not in _STOCK:
+        _STOCK[device] = torch.zeros(1 << 16, 2, dtype=torch.int32, device=f"cuda:{device}"), itertools.count()
+    return loaded
+
+
+def start(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, batch: int, queries: int, keys: int,
+          scale: float, left: int, right: int, softcap: float, bias: torch.Tensor | None, bias_strides: tuple[int, ...],
+          alibi_slopes: torch.Tensor | None, lengths: torch.Tensor | None, starts_q: torch.Tensor | None,
+          starts_kv: torch.Tensor | None) -> None:
+    """As attention.py has it: 16-byte aligned q, k, v[rows of batch, sequence, heads, dim], nothing empty, window ends <= UNBOUNDED."""
+    config, device = kernel.spec.config, q.device.index
+    # A dimension of a tensor map has a stride: what is broadcast is copied.
+    q, k, v = (t.contiguous() if 0 in t.stride() else t for t in (q, k, v))
+    _, _, heads, dim = q.shape
+    tiles, pairs, group = -(-queries // config.rows), batch * heads, heads // k.shape[2]
+    blocks = min(multiprocessors(device), tiles * pairs)
+    alike = (right >= keys or tiles == 1) and lengths is None and starts_q is None
+    section = group if alike else min(pairs, group * max(1, _SECTION_BYTES // (4 * keys * dim)))
+    counters = 0 if alike or blocks == tiles * pairs else _counters(device)
+    kernel(blocks, 1, 1, _map(q, config.rows), _map(k, config.keys), _map(v, config.keys), out.data_ptr(), address(bias),
+           address(alibi_slopes), address(lengths), address(starts_q), address(starts_kv), counters, *bias_strides, queries, keys,
+           heads, group, dim, batch, tiles,
+           section, left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
+
+
+def _counters(device: int) -> int:
+    """Address of two zeros, which a launch leaves as zeros. The launches of one stream share a pair; a launch in a graph has its own, out
+    of a stock of zeros: those made in the graph would be a kernel more in each replay, of 2 us."""
+    if torch.cuda.is_current_stream_capturing():
+        stock, taken = _STOCK[device]
+        number = next(taken)
+        pair = stock[number] if number < len(stock) else torch.zeros(2, dtype=torch.int32, device=stock.device)
+        return pair.data_ptr()
+    key = device, torch._C._cuda_getCurrentRawStream(device)
+    pair = _COUNTERS.get(key)
+    if pair is None:
+        pair = _COUNTERS[key] = torch.zeros(2, dtype=torch.int32, device=f"cuda:{device}")
+    return pair.data_ptr()
+
+
+def _map(t: torch.Tensor, rows: int) -> bytes:
+    batch, sequence, heads, dim = t.shape
+    batch_step, row_step, head_step, _ = t.stride()
+    return tiles_of(t.data_ptr(), t.dtype, (dim, heads, sequence, batch), (head_step, row_step, batch_step), (CHUNK, 1, rows, 1))

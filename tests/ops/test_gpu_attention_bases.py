@@ -1,0 +1,30 @@
+"""Attention that is wrong where the highest score of a row comes late: the kernel measures a row from one of the first scores it sees."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ftops import ops
+from tests.accuracy import assert_accurate, in_float64
+from tests.ops.oracles import attention
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("last", [(0, 1), (130, 131), (0, 350)], ids=str)
+@pytest.mark.parametrize("nats", [9.0, 30.0, 60.0, 150.0, 1000.0, -60.0, -1000.0])
+def test_a_row_outgrows_its_first_scores(dtype, head_dim, causal, last, nats):
+    """Two keys, walked late, are `nats` above the others for one row in three; below 0, all others are below those two."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 500, 4, head_dim, device=CUDA)
+    k, v = (torch.randn(2, 500, 2, head_dim, device=CUDA) for _ in range(2))
+    q[..., 0] = torch.where(torch.rand(q.shape[:3], device=CUDA) < 1 / 3, 16.0, 0.0)
+    above = torch.zeros(500, device=CUDA) if nats > 0 else torch.full((500,), nats, device=CUDA)
+    above[list(last)] = torch.tensor([nats, nats - 1.3] if nats > 0 else [0.0, -1.3], device=CUDA)
+    k[..., 0] = above[:, None] * head_dim ** 0.5 / 16
+    args = tuple(t.to(dtype) for t in (q, k, v))
+    assert_accurate(ops.attention(*args, causal=causal), attention(*in_float64(args), causal=causal), attention(*args, causal=causal))
