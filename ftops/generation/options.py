@@ -98,7 +98,7 @@ def parse(given: Mapping[str, Any], batch: int, words: int) -> Options:
                 raise _invalid(name, one, f"{low:g} to {high:g}" if closed else f"above {low:g}, up to {high:g}")
     for name, low in _INTEGERS.items():
         value = getattr(options, name)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() or isinstance(value, float):
+        if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
             raise _invalid(name, value, "integers")
         for one in _numbers(name, value, batch):
             if low is not None and one < low:

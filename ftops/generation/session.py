@@ -127,7 +127,7 @@ class Reader:
         self.waiting: list[Callable[[], torch.Tensor]] = []
         self._copies: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         if self._news.is_cuda:
-            self._copies = [(torch.empty(self._news.shape, dtype=self._news.dtype, pin_memory=True), torch.cuda.Event()) for _ in range(depth)]
+            self._copies = [(torch.empty_like(self._news, device="cpu", pin_memory=True), torch.cuda.Event()) for _ in range(depth)]
 
     def send(self) -> None:
         if not self._copies:

@@ -49,7 +49,7 @@ class CausalDecoder:
     def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
         self._model, config = weakref.ref(model), model.config.get_text_config(decoder=True)
         self.device, self.words, self.config = model.device, config.vocab_size, config
-        self.capturable = model.device.type == "cuda" and not any("_hf_hook" in module.__dict__ for module in model.modules())
+        self.capturable = model.device.type == "cuda" and not any(map(_watched, model.modules()))
         with torch.inference_mode(False):
             self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
             self._mask = torch.ones((batch, capacity), dtype=torch.int64, device=model.device)
@@ -90,6 +90,12 @@ class CausalDecoder:
                              **options).logits[:, -1]
 
 
+def _watched(module: torch.nn.Module) -> bool:
+    """Whether somebody's code runs with the module's forward: accelerate's, or hooks that a replay would pass by."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return "_hf_hook" in module.__dict__ or any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)
+
+
 def unfit(model: object) -> str | None:
     """Why the loop cannot run this model, or None."""
     if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
@@ -110,7 +116,8 @@ def session(model: PreTrainedModel, batch: int, length: int) -> Iterator[Session
     now = (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), torch.utils.hooks.RemovableHandle.next_id,
            model.training, model.dtype)
     kept = _SESSIONS.pop(model, [])
-    found = next((one for seen, one in kept if seen == now and one.batch == batch and length <= one.capacity <= max(2 * length, STEP)), None)
+    found = next((one for seen, one in kept
+                  if seen == now and one.batch == batch and length <= one.capacity <= max(2 * length, STEP)), None)
     if found is None:
         kept.clear()  # before memory is asked for
         capacity = -(-length // STEP) * STEP if model.device.type == "cuda" else length
@@ -272,7 +279,8 @@ def _take(one: Any, ids: torch.Tensor, eos: list[int], asked: dict[str, Any]) ->
 
 def _counted(ids: torch.Tensor, processors: list) -> torch.Tensor:
     """bool [B,S]: which tokens of the prompt the repetition penalty counts; before 5.23 transformers counts padding too."""
-    ignored = next((one.prompt_ignore_length for one in processors if isinstance(one, processors_of.RepetitionPenaltyLogitsProcessor)), None)
+    ignored = next((one.prompt_ignore_length for one in processors
+                    if isinstance(one, processors_of.RepetitionPenaltyLogitsProcessor)), None)
     if ignored is None:
         return torch.ones_like(ids, dtype=torch.bool)
     return torch.arange(ids.shape[1], device=ids.device) >= torch.as_tensor(ignored, device=ids.device).view(-1, 1).expand(len(ids), 1)

@@ -15,7 +15,6 @@ WAYS = {
     "greedy": {},
     "static": {"cache_implementation": "static"},
     "without_cache": {"use_cache": False},
-    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "beams_static": {"num_beams": 2, "cache_implementation": "static"},
     "chunked_prefill": {"prefill_chunk_size": 5},
