@@ -18,10 +18,10 @@ from ftops.report import Report
 if TYPE_CHECKING:
     import torch
 
-    from ftops.generation import Generated
+    from ftops.generation import Generated, Stream
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "generate", "ops", "patch", "quant", "report", "unpatch", "warmup"]
+__all__ = ["Report", "__version__", "generate", "ops", "patch", "quant", "report", "stream", "unpatch", "warmup"]
 
 
 def patch(model: torch.nn.Module, *, quant: str | None = None, kv_cache: str | None = None,
@@ -52,12 +52,18 @@ def generate(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: to
              **options: Any) -> torch.Tensor | Generated:
     """Continues input_ids[B,S] (attention_mask[B,S]: 0 for padding, on the left) with a patched decoder: int64 [B, S + N].
 
-    Options are those of `ftops.generation.Options`: max_new_tokens, temperature (0, the default, is greedy), top_k, top_p, min_p, penalties,
-    bad_words, stop, eos_token_id, seed, ...; numbers may be tensors of one a row. return_logprobs=True or return_logits=True: a
-    `Generated` that has these too. On a GPU a decode step is the replay of one CUDA graph, captured at the second token of the first call
+    Options are those of `ftops.generation.Options`: max_new_tokens, temperature (0, the default, is greedy), top_k, top_p, min_p,
+    penalties, bad_words, stop, eos_token_id, seed, ...; numbers may be tensors of one a row. return_logprobs=True or return_logits=True:
+    a `Generated` that has these too. On a GPU a decode step is the replay of one CUDA graph, captured at the second token of the first call
     of its kind and kept with its cache for the next call. Raises TypeError or ValueError.
     """
     from ftops.integrations.transformers.generate import generate as implementation
+    return implementation(model, input_ids, attention_mask, **options)
+
+
+def stream(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> Stream:
+    """`generate` as an iterator of the tokens of each step, int64 [B]; it has `cancel`, `text(tokenizer)` and `result`."""
+    from ftops.integrations.transformers.generate import stream as implementation
     return implementation(model, input_ids, attention_mask, **options)
 
 

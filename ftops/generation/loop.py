@@ -1,7 +1,7 @@
 """The loop: a prompt, then one token a step for every row, given to whoever iterates while the next step already runs."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from ftops.generation import rules
 from ftops.generation.options import Options
 from ftops.generation.session import Decoder, Reader, Session
+from ftops.generation.text import Text
 
 __all__ = ["Decoder", "Generated", "Loop"]
 
@@ -43,7 +44,7 @@ class Loop:
         self._counted = counted if counted is not None else torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         self.ended = torch.zeros(len(ids), dtype=torch.bool)
         self.lengths = torch.zeros(len(ids), dtype=torch.int64)
-        self._text = [_Text(options, row) for row in range(len(ids))] if options.stop_strings else []
+        self._text = [Text(options.tokenizer, options.stop_strings) for _ in ids] if options.stop_strings else []
         limit = options.max_new_tokens
         self._limit = int(limit.max()) if isinstance(limit, torch.Tensor) else limit
 
@@ -115,7 +116,9 @@ class Loop:
         before, self.ended = self.ended, self.ended | ended.bool()
         stopped = torch.zeros_like(self.ended)
         for row, text in enumerate(self._text):
-            stopped[row] = not before[row] and text.add(int(tokens[row]))
+            if not before[row]:
+                text.add(int(tokens[row]))
+                stopped[row] = text.stops()
         if self._options.criteria:
             seen = self._seen()
             for criterion in self._options.criteria:
@@ -127,18 +130,3 @@ class Loop:
     def _end(self, rows: torch.Tensor) -> None:
         self.ended = self.ended | rows
         self._session.end(rows.to(self._session.ended.device))
-
-
-class _Text:
-    """The text of one row, and whether it holds a stop string."""
-
-    def __init__(self, options: Options, row: int) -> None:
-        self._decode: Callable[..., str] = options.tokenizer.decode
-        self._stop, self._tokens, self.row = options.stop_strings, [], row
-
-    def add(self, token: int) -> bool:
-        self._tokens.append(token)
-        # A stop string of n characters ends within the last n tokens or so; those before give the decoder its context.
-        latest = self._tokens[-(max(map(len, self._stop)) + 8):]
-        text, before = self._decode(latest), self._decode(latest[:-1])
-        return any(words in text and words not in before for words in self._stop)

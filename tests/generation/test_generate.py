@@ -20,6 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import ftops
+from ftops.integrations.transformers import decoder
 from ftops.integrations.transformers import generate as module
 from ftops.integrations.transformers.archs import ARCHS
 from tests.families.places import IN_FLOAT32
@@ -79,7 +80,8 @@ def test_rows_end_at_different_times(family, device, dtype, loops):
 
 
 OPTIONS = {
-    "repetition_penalty": {"repetition_penalty": 1.4}, "no_repeat_ngram": {"no_repeat_ngram_size": 2}, "unigrams": {"no_repeat_ngram_size": 1},
+    "repetition_penalty": {"repetition_penalty": 1.4}, "no_repeat_ngram": {"no_repeat_ngram_size": 2},
+    "unigrams": {"no_repeat_ngram_size": 1},
     "bad_words": {"bad_words_ids": [[5], [94, 78], [78, 99, 5]]}, "suppress": {"suppress_tokens": [5, 94, 78]},
     "sequence_bias": {"sequence_bias": [[[94], -3.0], [[78, 99], 5.0], [[3, 4, 5], -9.0]]},
     "min_length": {"eos_token_id": [94, 5, 78], "min_length": 18, "pad_token_id": 1},
@@ -238,7 +240,7 @@ def test_copies_and_unpatched_models(loops):
     assert type(model) is type(tiny("llama"))
     assert run(model) == expected
     assert len(loops) == 3
-    assert model not in module._SESSIONS
+    assert model not in decoder._SESSIONS
 
 
 def test_a_model_that_is_let_go_takes_its_cache_along():
@@ -246,7 +248,7 @@ def test_a_model_that_is_let_go_takes_its_cache_along():
     import weakref
     model = ftops.patch(tiny("llama"))
     run(model)
-    kept = weakref.ref(module._SESSIONS[model][0][1])
+    kept = weakref.ref(decoder._SESSIONS[model][0][1])
     del model
     gc.collect()
     assert kept() is None
@@ -259,11 +261,11 @@ def test_a_step_is_one_graph(family):
     model = ftops.patch(tiny(family, "cuda"))
     for options in ({}, {"padding": None}, {"repetition_penalty": 1.3}):
         run(model, **options)
-        (_, session), = module._SESSIONS[model]
+        (_, session), = decoder._SESSIONS[model]
         captured = len(session._captured)
         for _ in range(2):
             run(model, **options)
-        (_, session), = module._SESSIONS[model]
+        (_, session), = decoder._SESSIONS[model]
         assert len(session._captured) == captured
     assert captured == 3
     assert ftops.report(model).fallbacks == 0
@@ -279,5 +281,5 @@ def test_a_hook_that_comes_later_is_called():
     assert len(calls) == 20
     handle.remove()
     run(model)
-    (_, session), = module._SESSIONS[model]
+    (_, session), = decoder._SESSIONS[model]
     assert len(session._captured) == 1

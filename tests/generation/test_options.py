@@ -191,7 +191,8 @@ WRONG = [
     ({"min_p": "high"}, ["min_p is 'high'", "a number"]), ({"repetition_penalty": 0.0}, ["repetition_penalty", "above 0"]),
     ({"bad_words": [[]]}, ["bad_words", "not empty"]), ({"stop": [[5, 999]]}, ["stop is [5, 999]", "0 to 119"]),
     ({"stop": ["end"]}, ["stop has text, 'end'", "tokenizer"]), ({"eos_token_id": 500}, ["eos_token_id is [500]", "0 to 119"]),
-    ({"logit_bias": torch.zeros(7)}, ["logit_bias is (7,)", "(120,), (3, 120)"]), ({"min_new_tokens": 3}, ["min_new_tokens", "eos_token_id"]),
+    ({"logit_bias": torch.zeros(7)}, ["logit_bias is (7,)", "(120,), (3, 120)"]),
+    ({"min_new_tokens": 3}, ["min_new_tokens", "eos_token_id"]),
     ({"top_p_decay": 0.5}, ["top_p_decay", "top_p, which is None"]), ({"max_new_tokens": 4000}, ["4000", "128 positions"]),
 ]
 

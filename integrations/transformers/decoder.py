@@ -1,0 +1,121 @@
+"""A patched decoder as the generation loop sees it: prompt and steps over a cache of its own, kept from call to call."""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import StaticLayer
+
+from ftops.generation import Session
+from ftops.integrations.transformers.layer import FusedLayer
+
+_SESSIONS: weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[tuple, Session]]] = weakref.WeakKeyDictionary()
+STEP = 256  # tokens by which a cache is longer or shorter than another
+
+
+class Slots(StaticLayer):
+    """Keys and values of one layer, in memory that the next prompt uses again: a captured graph knows where it lies."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self.keys is None:
+            super().lazy_initialization(key_states, value_states)
+        self.is_initialized = True
+
+    def rewind(self) -> None:
+        """Forgets what is there. A layer that counts as new lets a prompt attend to itself alone, without the rest of the buffer."""
+        self.is_initialized = False
+        self.cumulative_length.zero_()
+
+
+class CausalDecoder:
+    """A patched decoder with a cache of its own: static where a step is captured, otherwise one that grows."""
+
+    def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
+        self._model, config = weakref.ref(model), model.config.get_text_config(decoder=True)
+        self.device, self.words, self.config = model.device, config.vocab_size, config
+        self.capturable = model.device.type == "cuda" and not any(map(_watched, model.modules()))
+        with torch.inference_mode(False):
+            self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
+            self._mask = torch.ones((batch, capacity), dtype=torch.int64, device=model.device)
+            self._rows = torch.zeros((batch, 1, 1, capacity), dtype=model.dtype, device=model.device)
+        self._padded, self._length = False, 0
+        self._cache = Cache(layers=[Slots(capacity) for _ in range(config.num_hidden_layers)]) if self.capturable else None
+
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+        self._padded, self._length = mask is not None and not bool(mask.all()), ids.shape[1]
+        if positions is None:
+            positions = torch.arange(self._length, device=ids.device).expand_as(ids)
+            if self._padded:
+                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        self._positions.copy_(positions[:, -1:] + 1)
+        if self._padded:
+            self._mask[:, : self._length] = mask
+            self._mask[:, self._length :] = 1
+            self._rows.zero_().masked_fill_(self._mask[:, None, None] == 0, float("-inf"))
+        if self.capturable:
+            for layer in self._cache.layers:
+                layer.rewind()
+        else:
+            self._cache = DynamicCache(config=self.config)
+        return self._run(ids, mask if self._padded else None, positions, logits_to_keep=1)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._length += 1
+        mask = self._rows if self.capturable else self._mask[:, : self._length]
+        logits = self._run(tokens, mask if self._padded else None, self._positions)
+        self._positions.add_(1)
+        return logits
+
+    def shape(self) -> tuple[object, ...]:
+        return (self._padded,)
+
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, **options: Any) -> torch.Tensor:
+        return self._model()(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
+                             **options).logits[:, -1]
+
+
+def _watched(module: torch.nn.Module) -> bool:
+    """Whether somebody's code runs with the module's forward: accelerate's, or hooks that a replay would pass by."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return "_hf_hook" in module.__dict__ or any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)
+
+
+def unfit(model: object) -> str | None:
+    """Why the loop cannot run this model, or None."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
+        return "it is no decoder with a language modelling head"
+    layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
+    if len(layers) != model.config.get_text_config(decoder=True).num_hidden_layers:
+        return "not all of its layers are ftops blocks" if layers else "it has no ftops block; call ftops.patch(model) first"
+    unserved = next((layer._ftops.reason for layer in layers if layer._ftops.block is None), None)
+    if unserved is not None:
+        return f"a layer is not served: {unserved}"
+    return None if all(layer._ftops.block.spec.causal for layer in layers) else "its attention is not causal"
+
+
+@contextmanager
+def session(model: PreTrainedModel, batch: int, length: int) -> Iterator[Session]:
+    """A session for `batch` rows of `length` tokens: the last one, with its graphs, if it fits and nothing about the model has changed."""
+    # Graphs hold addresses of weights; hooks draw a number each when they are registered, and a replay would not call them.
+    now = (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), torch.utils.hooks.RemovableHandle.next_id,
+           model.training, model.dtype)
+    kept = _SESSIONS.pop(model, [])
+    found = next((one for seen, one in kept
+                  if seen == now and one.batch == batch and length <= one.capacity <= max(2 * length, STEP)), None)
+    if found is None:
+        kept.clear()  # before memory is asked for
+        capacity = -(-length // STEP) * STEP if model.device.type == "cuda" else length
+        found = Session(CausalDecoder(model, batch, capacity), batch, capacity)
+    try:
+        yield found
+    finally:
+        _SESSIONS[model] = [(now, found)]
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Lets go of what is kept for the model's next call."""
+    _SESSIONS.pop(model, None)
