@@ -22,7 +22,7 @@ from ftops.numba_kernels.launch import Kernel, capability, empty_like, load
 from ftops.numba_kernels.narrow import make_narrow, scaled_down
 from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, rsqrt, words_of
 
-SIGNATURE = "p" * 15 + "l" * 26 + "i" * 8 + "u" * 11 + "fff"
+SIGNATURE = "p" * 15 + "l" * 26 + "i" * 19 + "fff"
 THREADS = 128
 SAME, INT8, FP8 = range(3)  # how the cache keeps its elements
 CACHE_KIND = {torch.int8: INT8, torch.float8_e4m3fn: FP8}
@@ -46,7 +46,7 @@ def make(config: Config) -> Callable:
     table = make_table(config.dtype, vec)
     narrow_int8, narrow_fp8 = make_narrow("int8", vec), make_narrow("float8_e4m3fn", vec)
     x1, x2, x4, x8, x16 = (ptx.shuffle_xor[n] for n in (1, 2, 4, 8, 16))
-    zero, one, both = np.float32(0), np.float32(1), np.uint32(2 * vec)
+    zero, one = np.float32(0), np.float32(1)
 
     if vec > 1:
         @cuda.jit(device=True, forceinline=True)
@@ -60,21 +60,24 @@ def make(config: Config) -> Callable:
                 words[at] = ptx.ld_written_32(address) if item == 4 else ptx.ld_written_16(address)
 
     @cuda.jit(device=True, forceinline=True)
-    def ends(unit, half, interleaved):
-        """Elements at which the two accesses of a unit begin."""
-        first = unit * both
-        second = first + np.uint32(vec)
-        if interleaved == 0 and unit * np.uint32(vec) < half:
-            first = unit * np.uint32(vec)
-            second = first + half
+    def ends(unit, half, units, interleaved):
+        """Elements at which the two accesses of a unit begin. Neighbouring threads' first accesses are neighbours, except of interleaved
+        pairs, whose angles are neighbours."""
+        first = np.int32(unit * vec)
+        second = np.int32(first + half)
+        if first >= half:
+            first, second = second, np.int32(second + units * vec - half)
+        elif interleaved != 0:
+            first = np.int32(2 * first)
+            second = np.int32(first + vec)
         return first, second
 
     @cuda.jit(device=True, forceinline=True)
     def gather(address, live, lane, half, units, head_dim, interleaved, words):
         """The thread's accesses of the head at `address`; zeros where there is nothing."""
         for j in range(units_n):
-            unit = lane + np.uint32(32 * j)
-            first, second = ends(unit, half, interleaved)
+            unit = np.int32(lane + 32 * j)
+            first, second = ends(unit, half, units, interleaved)
             here = live and unit < units
             fetch(address + item * np.int64(first), here, words, 2 * each * j)
             fetch(address + item * np.int64(second), here and second < head_dim, words, 2 * each * j + each)
@@ -116,28 +119,29 @@ def make(config: Config) -> Callable:
                       pages, page_size, wide_positions, table_rows, table_step, layout, interleaved, cache_kind,
                       tokens, length, heads, kv_heads, head_dim, half, units, shift, heads_a_team, q_groups, kv_groups,
                       over_dim, eps, offset):
-        thread = np.uint32(cuda.threadIdx.x)
-        team = np.uint32(cuda.blockIdx.x) * (np.uint32(THREADS) >> shift) + (thread >> shift)
-        lane = thread - ((thread >> shift) << shift)
-        token = ptx.div_u32(team, q_groups + kv_groups + kv_groups)
-        group = np.int32(team - token * (q_groups + kv_groups + kv_groups))
+        thread = np.int32(cuda.threadIdx.x)
+        groups = np.int32(q_groups + 2 * kv_groups)
+        team = np.uint32(np.int64(cuda.blockIdx.x) * (THREADS >> shift) + (thread >> shift))
+        lane = np.int32(thread & ((1 << shift) - 1))
+        token = np.int64(ptx.div_u32(team, groups))
+        group = np.int32(np.int64(team) - token * groups)
         batch = np.int64(ptx.div_u32(token, length))
-        step = np.int64(token) - batch * np.int64(length)
-        live, of_q, of_v = token < tokens, group < np.int32(q_groups), group >= np.int32(q_groups + kv_groups)
+        step = token - batch * length
+        live, of_q, of_v = token < tokens, group < q_groups, group >= np.int32(q_groups + kv_groups)
         x_gl, weight_gl, scale_gl, to_gl = np.int64(k_gl), np.int64(k_norm_gl), np.int64(k_scale_gl), np.int64(k_cache_gl)
         x_batch, x_token, x_head = k_batch, k_token, k_head
         to_page, to_slot, to_head, to_dense = k_page, k_slot, k_place_head, k_dense
-        first_group, count = np.int32(q_groups), np.int32(kv_heads)
+        first_group, count = q_groups, kv_heads
         if of_q:
-            x_gl, weight_gl, first_group, count = np.int64(q_gl), np.int64(q_norm_gl), np.int32(0), np.int32(heads)
+            x_gl, weight_gl, first_group, count = np.int64(q_gl), np.int64(q_norm_gl), np.int32(0), heads
             x_batch, x_token, x_head = q_batch, q_token, q_head
         if of_v:
             x_gl, weight_gl, scale_gl, to_gl = np.int64(v_gl), np.int64(0), np.int64(v_scale_gl), np.int64(v_cache_gl)
             x_batch, x_token, x_head = v_batch, v_token, v_head
             to_page, to_slot, to_head, to_dense = v_page, v_slot, v_place_head, v_dense
             first_group = np.int32(q_groups + kv_groups)
-        head = np.int32((group - first_group) * np.int32(heads_a_team))
-        count = min(np.int32(count - head), np.int32(heads_a_team)) if live else np.int32(0)
+        head = np.int32((group - first_group) * heads_a_team)
+        count = min(np.int32(count - head), heads_a_team) if live else np.int32(0)
         x_gl, x_head = x_gl + item * (batch * x_batch + step * x_token + head * x_head), item * x_head
 
         ptx.wait_for_primary()
@@ -171,17 +175,16 @@ def make(config: Config) -> Callable:
         to_gl += to_item * (place * to_page + slot * to_slot + head * to_head)
         to_head, to_dense = to_item * to_head, to_item * to_dense
         if of_q:
-            to_gl, slot = np.int64(q_out_gl) + item * ((np.int64(token) * heads + head) * np.int64(head_dim)), np.int64(0)
+            to_gl, slot = np.int64(q_out_gl) + item * ((token * heads + head) * head_dim), np.int64(0)
             to_head, to_dense = item * np.int64(head_dim), np.int64(item)
         if vec > 1:
             to_dense = np.int64(item if of_q or cache_kind == SAME else 1)
         cos = cuda.local.array(n_angles, np.float32)
         sin = cuda.local.array(n_angles, np.float32)
         for j in range(units_n):
-            unit = lane + np.uint32(32 * j)
-            if live and not of_v and unit * np.uint32(vec) < half:
-                row = np.uint64(batch * table_batch + step * table_token + position * table_position
-                                + np.int64(unit * np.uint32(vec)) * table_step)
+            angle = np.int32(vec * (lane + 32 * j))
+            if live and not of_v and angle < half:
+                row = np.uint64(batch * table_batch + step * table_token + position * table_position + np.int64(angle) * table_step)
                 unit_cos = cuda.local.array(vec, np.float32)
                 unit_sin = cuda.local.array(vec, np.float32)
                 table(cos_gl + row, layout, np.uint64(table_step), unit_cos)
@@ -196,11 +199,12 @@ def make(config: Config) -> Callable:
 
         values = cuda.local.array(n_values, np.float32)
         factors = cuda.local.array(vec, np.float32)
-        for i in range(np.int32(heads_a_team)):
+        done = np.int32(0)
+        while done < heads_a_team:
             for j in range(n_words):
                 words[j] = ahead[j]
             x_gl += x_head
-            gather(x_gl, i + 1 < count, lane, half, units, head_dim, interleaved, ahead)
+            gather(x_gl, np.int32(done + 1) < count, lane, half, units, head_dim, interleaved, ahead)
             for j in range(2 * units_n):
                 unpack(words, each * j, values, vec * j)
             if (q_norm_gl | k_norm_gl) != 0:
@@ -213,15 +217,15 @@ def make(config: Config) -> Callable:
                         unpack(weights, each * j, factors, 0)
                         for n in range(vec):
                             values[vec * j + n] *= norm * (offset + factors[n])
-            if i < count and slot >= 0:
+            if done < count and slot >= 0:
                 scale = inverse = one
                 if cache_kind != SAME and not of_q:
-                    scale = ptx.ld_written_f32(scale_gl + 4 * (head + i))
+                    scale = ptx.ld_written_f32(scale_gl + 4 * np.int64(head + done))
                     inverse = ptx.divide_rn(one, scale)
                 for j in range(units_n):
-                    unit = lane + np.uint32(32 * j)
-                    first, second = ends(unit, half, interleaved)
-                    if unit * np.uint32(vec) < half and not of_v:
+                    unit = np.int32(lane + 32 * j)
+                    first, second = ends(unit, half, units, interleaved)
+                    if np.int32(unit * vec) < half and not of_v:
                         turn(values, 2 * vec * j, cos, sin, vec * j, interleaved)
                     first_at, second_at = to_gl + np.int64(first) * to_dense, to_gl + np.int64(second) * to_dense
                     if of_q or cache_kind == SAME:
@@ -241,12 +245,13 @@ def make(config: Config) -> Callable:
                             if second < head_dim:
                                 narrow_fp8(second_at, values, 2 * vec * j + vec)
             to_gl += to_head
+            done = np.int32(done + 1)
 
     return rotary_append
 
 
 def spec(config: Config, dependent: bool = False) -> Spec:
-    return Spec(make, config, SIGNATURE, THREADS, min_blocks=5 if config.vec > 1 else 2, dependent=dependent)
+    return Spec(make, config, SIGNATURE, THREADS, min_blocks=6 if config.vec > 1 else 2, dependent=dependent)
 
 
 def variants() -> Iterator[Spec]:
