@@ -58,6 +58,7 @@ def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqle
     cu_seqlens_q and cu_seqlens_kv, int32 [B + 1], run from 0 to T and to Tk and do not fall; rows of q past the last one belong to no
     sequence and their results are undefined. max_seqlen_q and max_seqlen_kv bound the lengths. The options are those of
     `attention`, per sequence. float32, float16 or bfloat16, any strides. Raises ValueError.
+    On a GPU a sequence's result has the same bits whatever is packed with it: no kernel splits the keys of a sequence.
     """
     op = "attention_varlen"
     check_heads(op, q, k, v, 3)

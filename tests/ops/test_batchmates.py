@@ -83,3 +83,17 @@ def test_attention_varlen_alone_and_in_a_batch(window, head_dim, dtype):
         rows, ends = slice(int(starts[row]), int(starts[row + 1])), torch.tensor([0, length], dtype=torch.int32, device="cuda")
         alone = ftops.ops.attention_varlen(q[rows], k[rows], v[rows], ends, ends, length, length, causal=True, window=window)
         assert torch.equal(bits(alone), bits(together[rows])), length
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_attention_alone_and_in_a_batch(causal, head_dim, dtype):
+    q, k, v = (torch.randn(len(LENGTHS), 300, heads, head_dim, device="cuda").to(dtype) for heads in (8, 2, 2))
+    lengths = torch.tensor([min(length, 300) for length in LENGTHS], dtype=torch.int32, device="cuda")
+    together = ftops.ops.attention(q, k, v, causal=causal, kv_lengths=lengths)
+    for row in range(len(LENGTHS)):
+        this = slice(row, row + 1)
+        alone = ftops.ops.attention(q[this], k[this], v[this], causal=causal, kv_lengths=lengths[this])
+        assert torch.equal(bits(alone), bits(together[this]))
