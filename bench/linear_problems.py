@@ -10,12 +10,13 @@ from bench.problem import DTYPE, Problem, randn, small_sizes
 from bench.record import OURS
 from ftops import ops
 from ftops.ops.linear import reference
-from ftops.packing import dequantise_4bit, dequantise_8bit, unpack_4bit
+from ftops.ops.linear_w8a16 import dequantise
+from ftops.packing import dequantise_4bit, unpack_4bit
 
 CHECKED = 64  # rows of which an exact result is computed
 GROUP = 128
 # N, K: q, k, v of Llama-3.1-8B; its gate and up; down; GPT-J's up; a 70B model's down at 8 GPUs; an odd one
-SHAPES = [(6144, 4096), (28672, 4096), (4096, 14336), (16384, 4096), (8192, 3584), (5000, 2056)]
+SHAPES = [(6144, 4096), (28672, 4096), (4096, 14336), (16384, 4096), (8192, 3584), (5000, 2064)]
 ROWS = [1, 4, 16, 64, 256, 2048]
 MORE_ROWS = [2, 8, 32, 128, 1024, 8192]  # of the first shape
 
@@ -25,14 +26,15 @@ if small_sizes():
 
 def weights(op: str, N: int, K: int, device: torch.device) -> SimpleNamespace:
     """Random bits, scaled so that the results are near 1, and the dense weight that they stand for."""
-    tiles, groups = -(-N // 32), -(-K // GROUP)
     if op == "linear":
         return SimpleNamespace(dense=randn(N, K, device=device) * K ** -0.5)
-    four = op == "linear_w4a16"
-    shape = (tiles, groups * GROUP // 32, 32, 4) if four else (tiles, -(-K // 32), 2, 32, 4)
-    packed = torch.randint(-2 ** 31, 2 ** 31, shape, device=device, dtype=torch.int32)
-    scales = ((torch.rand(tiles, groups if four else 1, 8, 4, device=device) + 0.5) * K ** -0.5 / (4 if four else 75)).to(DTYPE)
-    return SimpleNamespace(packed=packed, scales=scales, dense=(dequantise_4bit if four else dequantise_8bit)(packed, scales, N, K, DTYPE))
+    if op == "linear_w8a16":
+        values, scales = torch.randint(-127, 128, (N, K), device=device, dtype=torch.int8), (torch.rand(N, device=device) + 0.5) / 75
+        return SimpleNamespace(values=values, scales=scales * K ** -0.5, dense=dequantise(values, scales * K ** -0.5, K, DTYPE))
+    tiles, groups = -(-N // 32), -(-K // GROUP)
+    packed = torch.randint(-2 ** 31, 2 ** 31, (tiles, groups * GROUP // 32, 32, 4), device=device, dtype=torch.int32)
+    scales = ((torch.rand(tiles, groups, 8, 4, device=device) + 0.5) * K ** -0.5 / 4).to(DTYPE)
+    return SimpleNamespace(packed=packed, scales=scales, dense=dequantise_4bit(packed, scales, N, K, DTYPE))
 
 
 def problem(op: str, rows: int, N: int, K: int) -> Problem:
@@ -48,7 +50,7 @@ def problem(op: str, rows: int, N: int, K: int) -> Problem:
 
     run = {"linear": lambda i: ops.linear(i.x, i.dense),
            "linear_w4a16": lambda i: ops.linear_w4a16(i.x, i.packed, i.scales, (N, K)),
-           "linear_w8a16": lambda i: ops.linear_w8a16(i.x, i.packed, i.scales, (N, K))}[op]
+           "linear_w8a16": lambda i: ops.linear_w8a16(i.x, i.values, i.scales)}[op]
     sides = {OURS: run, "torch bf16": lambda i: F.linear(i.x, i.dense)}
     if op == "linear_w4a16" and not small_sizes():
         sides["torch int4"] = lambda i: torch._weight_int4pack_mm(i.x, i.torch, GROUP, i.torch_scales)

@@ -1,11 +1,10 @@
-"""How quantised weights lie in memory: as the fragments of mma.m16n8k16, so that a thread's 16-byte load is what it multiplies with.
+"""How four-bit weights lie in memory: as the fragments of mma.m16n8k16, so that a thread's 16-byte load is what it multiplies with.
 
 A tile is 32 rows of the weight, 16 i + 8 h + g; a piece is 32 values of k, 8 t + 4 s + 2 c + e. Lane 4 g + t of a warp owns a piece's
 values of its rows (i, h) and its t; product s of the piece takes k = (c, e). Rows and k beyond the weight's are there and stand for 0.
 
-    4 bits: int32 [tiles, pieces, lanes, (i, s)]       value (h, c, e) of a word at bit 4 (2 c + h) + 16 e
-    8 bits: int32 [tiles, pieces, i, lanes, (s, h)]    value (c, e) of a word in byte c + 2 e
-    per group: [tiles, groups, g, (i, h), ...]
+    values: int32 [tiles, pieces, lanes, (i, s)]       value (h, c, e) of a word at bit 4 (2 c + h) + 16 e
+    of a group: [tiles, groups, g, (i, h), ...]
 """
 from __future__ import annotations
 
@@ -62,19 +61,6 @@ def unpack_4bit(words: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return _joined(split.permute(0, 4, 6, 2, 1, 3, 5, 7, 8), rows, columns)
 
 
-def pack_8bit(values: torch.Tensor) -> torch.Tensor:
-    """8-bit values [N, K] -> int32 [tiles, pieces, 2, 32, 4]."""
-    split = _split(_padded(values.view(torch.int8), PIECE_K, 0)).permute(0, 4, 1, 3, 5, 6, 2, 8, 7)  # tiles, pieces, i, g, t, s, h, e, c
-    return split.reshape(*split.shape[:2], 2, 32, 16).view(torch.int32)
-
-
-def unpack_8bit(words: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The int8 values [rows, columns] that `pack_8bit` was given."""
-    tiles, pieces = words.shape[:2]
-    split = words.contiguous().view(torch.int8).view(tiles, pieces, 2, 8, 4, 2, 2, 2, 2)
-    return _joined(split.permute(0, 2, 6, 3, 1, 4, 5, 8, 7), rows, columns)
-
-
 def pack_groups(values: torch.Tensor) -> torch.Tensor:
     """A value or more a row and group [N, groups, ...] -> [tiles, groups, 8, 4, ...]; rows beyond N get 0."""
     rows, groups, *rest = values.shape
@@ -98,9 +84,3 @@ def dequantise_4bit(packed: torch.Tensor, scales: torch.Tensor, rows: int, colum
     by_row = unpack_groups(scales, rows).to(wide)
     scale, zero = (by_row.unsqueeze(-1), 8) if scales.dim() == 4 else (part.unsqueeze(-1) for part in by_row.unbind(-1))
     return ((q - zero) * scale).view(rows, -1)[:, :columns].to(dtype)
-
-
-def dequantise_8bit(packed: torch.Tensor, scales: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """q * scale [rows, columns], rounded once to `dtype`; scales [tiles, 1, 8, 4]."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return (unpack_8bit(packed, rows, columns).to(wide) * unpack_groups(scales, rows).to(wide)).to(dtype)

@@ -17,7 +17,7 @@ KERNELS = (
     "gated_activation",
     "layer_norm",
     "linear",
-    "linear_packed",
+    "linear_w4a16",
     "rms_norm",
     "rotary",
     "rotary_append",

@@ -1,4 +1,4 @@
-"""Packed int4 and int8 weights (ftops/packing.py) written out as W[N, K] = (q - zero) * scale in 16 bits, for a matmul with many rows of x.
+"""Packed int4 weights (ftops/packing.py) written out as W[N, K] = (q - zero) * scale in 16 bits, for a matmul with many rows of x.
 
 A warp takes pieces of 32 x 32 values; a lane's words are eight neighbouring values of a row, which it stores at once. The product is
 rounded once: q - zero and scale are 16-bit numbers. Floor: (bytes of q + bytes of W) / copy bandwidth.
@@ -16,7 +16,7 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
-from ftops.numba_kernels.linear_dequantise import SIGN, ZERO, make_int4, make_int8
+from ftops.numba_kernels.linear_dequantise import SIGN, ZERO, make_int4
 from ftops.numba_kernels.rows import DTYPE_NAME
 
 TILE_ROWS, PIECE_K, WARPS = 32, 32, 8
@@ -24,20 +24,15 @@ TILE_ROWS, PIECE_K, WARPS = 32, 32, 8
 
 @dataclass(frozen=True)
 class Config:
-    """kind: int4 or int8; dtype of W."""
+    """dtype of W."""
 
-    kind: str
     dtype: str
 
 
 def make(config: Config) -> Callable:
-    int4, low, high, pair = config.kind == "int4", ptx.LOW[config.dtype], ptx.HIGH[config.dtype], ptx.PAIR[config.dtype]
+    low, high, pair = ptx.LOW[config.dtype], ptx.HIGH[config.dtype], ptx.PAIR[config.dtype]
     times, nothing, symmetric = ptx.FMA_PAIR[config.dtype], np.uint32(SIGN), np.float32(ZERO)
-    piece_bytes = 512 if int4 else 1024
-    if int4:
-        values, minus_of = make_int4(config.dtype, True)
-    else:
-        values = make_int8(config.dtype)
+    values, minus_of = make_int4(config.dtype, True)
 
     def dequantise(w_gl, scale_gl, out_gl, rows, row_bytes, count, groups, record):
         thread = np.int32(cuda.threadIdx.x)
@@ -46,7 +41,7 @@ def make(config: Config) -> Callable:
         ptx.wait_for_primary()
         ptx.launch_dependents()
         if piece < count:
-            w_gl = np.int64(w_gl) + (tile * count + piece) * piece_bytes + 16 * lane
+            w_gl = np.int64(w_gl) + 512 * (tile * count + piece) + 16 * lane
             scale_gl = np.int64(scale_gl) + ((tile * groups + piece * groups // count) * 8 + g) * record
             scale = cuda.local.array(4, np.float32)
             zero = cuda.local.array(4, np.float32)
@@ -58,18 +53,12 @@ def make(config: Config) -> Callable:
                 else:
                     word = ptx.ld_written_32(scale_gl + 4 * (r >> 1))
                     scale[r], zero[r] = high(word) if r & 1 else low(word), symmetric
+            words = ptx.ld_written_128(w_gl)
             for i in range(2):
-                if int4:
-                    words = ptx.ld_written_128(w_gl)
-                    minus, minus_below = minus_of(zero[2 * i], zero[2 * i + 1])
-                else:
-                    words = ptx.ld_written_128(w_gl + 512 * i)
+                minus, minus_below = minus_of(zero[2 * i], zero[2 * i + 1])
                 upper, lower = pair(scale[2 * i], scale[2 * i]), pair(scale[2 * i + 1], scale[2 * i + 1])
                 for s in range(2):
-                    if int4:
-                        a = values(words[2 * i + s], minus, minus_below)
-                    else:
-                        a = values(words[2 * s], words[2 * s + 1])
+                    a = values(words[2 * i + s], minus, minus_below)
                     at = 8 * i + 2 * s
                     out[at], out[at + 1] = times(a[0], upper, nothing), times(a[2], upper, nothing)
                     out[at + 4], out[at + 5] = times(a[1], lower, nothing), times(a[3], lower, nothing)
@@ -87,21 +76,20 @@ def spec(config: Config) -> Spec:
 
 
 def variants() -> Iterator[Spec]:
-    for kind in ("int4", "int8"):
-        for dtype in ("float16", "bfloat16"):
-            yield spec(Config(kind, dtype))
+    for dtype in ("float16", "bfloat16"):
+        yield spec(Config(dtype))
 
 
 @functools.cache
-def _kernel(kind: str, dtype: torch.dtype, device: int) -> Kernel:
-    return load(spec(Config(kind, DTYPE_NAME[dtype])), device)
+def _kernel(dtype: torch.dtype, device: int) -> Kernel:
+    return load(spec(Config(DTYPE_NAME[dtype])), device)
 
 
 def launch(packed: torch.Tensor, scales: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """W[rows, columns] in the dtype of scales, its rows whole pieces apart; packed and scales as linear_packed.py has them."""
-    kind, (tiles, count) = "int4" if packed.dim() == 4 else "int8", packed.shape[:2]
+    """W[rows, columns] in the dtype of scales, its rows whole pieces apart; packed and scales as linear_w4a16.py has them."""
+    tiles, count = packed.shape[:2]
     out = scales.new_empty((rows, PIECE_K * count))
-    _kernel(kind, scales.dtype, packed.device.index)(
+    _kernel(scales.dtype, packed.device.index)(
         -(-count // WARPS), tiles, 1, packed.data_ptr(), scales.data_ptr(), out.data_ptr(), rows, 2 * PIECE_K * count, count,
         scales.shape[1], 8 if scales.dim() == 4 else 16)
     return out[:, :columns]

@@ -1,8 +1,9 @@
-"""linear on the GPU for few rows of x: out = act(x W^T + bias) + residual, one pass over 16-bit weights W[N, K] as they lie. sm_80 and up.
+"""linear on the GPU for few rows of x: out = act(x W^T + bias) + residual, one pass over the weights W[N, K] as they lie. sm_80 and up.
 
-A block takes 16 rows of W and splits K over its warps (see linear_tile.py). On sm_90 its first bytes are asked into L2 while the kernel
-before still runs; the copies themselves wait for its end, so that weights which that kernel writes are read as they should be.
-Floor: bytes of the weights / read bandwidth.
+W is 16 bits, or int8 or float8 e4m3 with a scale a row. A block takes 16 rows of W and `batch` of x, and splits K over its warps (see
+linear_tile.py); a warp's access is 256 or 512 neighbouring bytes of a row, which the memory serves a tenth faster than 64 bytes of each
+of eight. On sm_90 the first of them are asked into L2 while the kernel before still runs; the copies themselves wait for its end, so that
+weights which that kernel writes are read as they should be. Floor: bytes of the weights / read bandwidth.
 """
 from __future__ import annotations
 
@@ -17,141 +18,195 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
-from ftops.numba_kernels.linear_tile import STAGE_BYTES, form_of, make_finish
+from ftops.numba_kernels.linear_dequantise import make_rows
+from ftops.numba_kernels.linear_tile import aligned_x, form_of, make_finish
 from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
 
-MAX_ROWS = 16
-TILE_ROWS, STAGE_K = 16, 64  # rows of W a block, values of K a stage of a warp
+TILE_ROWS, PIECE_BYTES = 16, 64  # rows of W a block; of a row that the four lanes t of a fragment load at once
+KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
+BATCHES = {"16-bit": (8, 16), "int8": (8, 16, 32), "e4m3": (8, 16, 32)}
 
 
 @dataclass(frozen=True)
 class Config:
-    """dtype; batch: rows of x that the fragments hold, 8 or 16; warps of a block, stages of a warp's ring."""
+    """kind of W: 16-bit, int8 or e4m3; dtype of x; batch: rows of x a block; warps of a block; stages of a warp's ring, of row_bytes of
+    each row."""
 
+    kind: str
     dtype: str
     batch: int
-    warps: int = 4
-    stages: int = 4
+    warps: int = 2
+    stages: int = 2
+    row_bytes: int = 512
+
+    @property
+    def item(self) -> int:
+        return 2 if self.kind == "16-bit" else 1
+
+    @property
+    def pitch(self) -> int:
+        """Bytes between rows in shared memory: a quarter of a warp reads 64 of two rows, which then lie in all banks."""
+        return self.row_bytes + 64
+
+    @property
+    def stage_bytes(self) -> int:
+        return TILE_ROWS * self.pitch
 
 
-def pick(dtype: str, rows: int) -> Config:
-    return Config(dtype, 8 if rows <= 8 else 16)
+def pick(kind: str, dtype: str, rows: int) -> Config:
+    """The smallest batch that holds the rows; more rows than the largest are further blocks, which find the weights in L2."""
+    return Config(kind, dtype, next((batch for batch in BATCHES[kind] if batch >= rows), BATCHES[kind][-1]))
 
 
 def make(config: Config) -> Callable:
-    warps, stages, batch_tiles = config.warps, config.stages, config.batch // 8
-    warp_bytes, last_stage, step_k = stages * STAGE_BYTES, stages - 1, STAGE_K * warps
-    n_acc, n_at, ring_row_bytes, step_shift = 4 * batch_tiles, batch_tiles, 2 * step_k * stages, step_k.bit_length() - 1
-    mma, wait_for_oldest, zero = ptx.MMA[config.dtype], ptx.CP_ASYNC_WAIT[last_stage], np.float32(0)
-    nothing = np.uint32(0)
-    finish = make_finish(config.dtype, config.batch, TILE_ROWS, warps, warp_bytes)
+    item, warps, stages, batch, pitch, row_bytes = (
+        config.item, config.warps, config.stages, config.batch, config.pitch, config.row_bytes)
+    batch_tiles, stage_bytes, warp_bytes, last_stage = batch // 8, config.stage_bytes, stages * config.stage_bytes, stages - 1
+    lanes_a_row, stage_k, piece_k = row_bytes // 16, row_bytes // item, PIECE_BYTES // item
+    rows_at_once, step_k, lane_k = 32 // lanes_a_row, stage_k * warps, 16 // item
+    step_shift, pieces, x_words = step_k.bit_length() - 1, row_bytes // PIECE_BYTES, 8 // item
+    together = max(1, min(pieces, 32 // (x_words * batch_tiles)))  # pieces whose x are asked for at once, in 32 registers
+    n_acc, n_x = 4 * batch_tiles, x_words * batch_tiles * together
+    mma, wait_for_oldest, zero, nothing = ptx.MMA[config.dtype], ptx.CP_ASYNC_WAIT[last_stage], np.float32(0), np.uint32(0)
+    scaled, products = item == 1, x_words // 2
+    fragment = make_rows(config.kind, config.dtype)
+    finish = make_finish(config.dtype, batch, TILE_ROWS, warps, warp_bytes)
 
     @cuda.jit(device=True, forceinline=True)
-    def copy(stage_sh, low_gl, high_gl, left):
-        """Rows g and g + 8 of W, 64 values of k of the warp's; beyond K zeros."""
-        first, second = np.uint32(16 if left > 0 else 0), np.uint32(16 if left > 32 else 0)
-        ptx.cp_async_16(stage_sh, low_gl, first)
-        ptx.cp_async_16(stage_sh + 512, high_gl, first)
-        ptx.cp_async_16(stage_sh + 1024, low_gl + 64, second)
-        ptx.cp_async_16(stage_sh + 1536, high_gl + 64, second)
+    def copy(stage_sh, w_gl, jump, below, left):
+        """stage_k values of k of the tile's rows; zeros beyond K. Rows past the last, `below`, are its copies and not stored."""
+        size = np.uint32(16 if left > 0 else 0)
+        for i in range(TILE_ROWS // rows_at_once):
+            ptx.cp_async_16(np.int32(stage_sh + rows_at_once * pitch * i), w_gl, size)
+            if rows_at_once * (i + 1) <= below:
+                w_gl += jump
 
-    def linear(x_gl, w_gl, bias_gl, residual_gl, out_gl, x_stride, w_stride, residual_stride, rows, N, K, form, linear, cubic):
+    @cuda.jit(device=True, forceinline=True)
+    def load_x(x_at, first, left, x):
+        for p in range(together):
+            for j in range(batch_tiles):
+                at = x_words * (batch_tiles * p + j)
+                for i in range(x_words):
+                    x[at + i] = nothing
+                for half in range(x_words // 4):
+                    if left > piece_k * (first + p) + 8 * half:
+                        here = at + 4 * half
+                        x[here], x[here + 1], x[here + 2], x[here + 3] = ptx.ld_written_128(x_at[j] + 2 * piece_k * (first + p) + 16 * half)
+
+    def linear(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, w_stride, residual_stride, rows, N, K, width, form, linear,
+               cubic):
         shared_sh = np.int32(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
-        g, t = lane >> 2, lane & 3
-        first, last = TILE_ROWS * np.int32(cuda.blockIdx.x), N - 1
-        w_gl = np.int64(w_gl)
-        if thread < TILE_ROWS and first + thread <= last:
-            ptx.prefetch_l2_bulk(w_gl + 2 * w_stride * (first + thread), min(2 * K, ring_row_bytes))
-        k = STAGE_K * warp + 8 * t
-        steps, left = (K - STAGE_K * warp + step_k - 1) >> step_shift, K - k
-        low_gl = w_gl + 2 * (w_stride * min(first + g, last) + k)  # rows past the last are its copies, and not stored
-        high_gl = w_gl + 2 * (w_stride * min(first + g + 8, last) + k)
-        ring_sh = shared_sh + warp * warp_bytes + 16 * lane
-        x_at = cuda.local.array(n_at, np.int64)
+        g, t, row, column = lane >> 2, lane & 3, lane // lanes_a_row, lane % lanes_a_row
+        first, first_x = np.int32(TILE_ROWS * np.int32(cuda.blockIdx.y)), np.int32(batch * np.int32(cuda.blockIdx.x))
+        last, w_row = np.int32(N - 1 - first), np.int64(w_stride * item)
+        w_gl = np.int64(w_gl) + w_row * first
+        if thread < TILE_ROWS and thread <= last:
+            ptx.prefetch_l2_bulk(w_gl + w_row * thread, min(width * item, stages * row_bytes * warps))
+        steps = np.int32((width - stage_k * warp + step_k - 1) >> step_shift)
+        left, left_x = np.int32(width - stage_k * warp - lane_k * column), np.int32(K - stage_k * warp - lane_k * t)
+        w_gl += w_row * min(row, last) + row_bytes * warp + 16 * column
+        jump, below = rows_at_once * w_row, np.int32(last - row)
+        ring_sh = np.int32(shared_sh + warp * warp_bytes)
+        copy_sh, read_sh = np.int32(ring_sh + pitch * row + 16 * column), np.int32(ring_sh + pitch * g + 16 * t)
+        x_at = cuda.local.array(batch_tiles, np.int64)
+        x = cuda.local.array(n_x, np.uint32)
         acc = cuda.local.array(n_acc, np.float32)
         for i in range(n_acc):
             acc[i] = zero
         for j in range(batch_tiles):
-            x_at[j] = np.int64(x_gl) + 2 * (x_stride * min(g + 8 * j, rows - 1) + k)
+            x_at[j] = np.int64(x_gl) + 2 * (x_stride * min(first_x + g + 8 * j, rows - 1) + stage_k * warp + lane_k * t)
         ptx.wait_for_primary()
         ptx.launch_dependents()
         for i in range(last_stage):
             if i < steps:
-                copy(ring_sh + STAGE_BYTES * i, low_gl, high_gl, left - i * step_k)
-                low_gl += 2 * step_k
-                high_gl += 2 * step_k
+                copy(np.int32(copy_sh + stage_bytes * i), w_gl, jump, below, np.int32(left - i * step_k))
+                w_gl += row_bytes * warps
             ptx.cp_async_commit()
         filling, using = np.int32(last_stage), np.int32(0)
         for step in range(steps):
-            if step + last_stage < steps:
-                copy(ring_sh + STAGE_BYTES * filling, low_gl, high_gl, left - last_stage * step_k)
-                low_gl += 2 * step_k
-                high_gl += 2 * step_k
+            if np.int32(step) < np.int32(steps - last_stage):
+                ptx.warp_sync()  # every lane has read the stage that is filled now
+                copy(np.int32(copy_sh + stage_bytes * filling), w_gl, jump, below, np.int32(left - last_stage * step_k))
+                w_gl += row_bytes * warps
                 filling = np.int32(0) if filling == last_stage else np.int32(filling + 1)
             ptx.cp_async_commit()
+            load_x(x_at, 0, left_x, x)
             wait_for_oldest()
-            stage_sh = ring_sh + STAGE_BYTES * using
+            ptx.warp_sync()
+            stage_sh = np.int32(read_sh + stage_bytes * using)
             using = np.int32(0) if using == last_stage else np.int32(using + 1)
-            for piece in range(2):
-                low, high = ptx.ld_shared_128(stage_sh + 1024 * piece), ptx.ld_shared_128(stage_sh + 1024 * piece + 512)
-                for j in range(batch_tiles):
-                    x = (nothing, nothing, nothing, nothing)
-                    if left > 32 * piece:
-                        x = ptx.ld_written_128(x_at[j] + 64 * piece)
-                    mma(acc, 4 * j, low[0], high[0], low[1], high[1], x[0], x[1])
-                    mma(acc, 4 * j, low[2], high[2], low[3], high[3], x[2], x[3])
-            left -= step_k
+            for piece in range(0, pieces, together):
+                if piece > 0:
+                    load_x(x_at, piece, left_x, x)
+                for p in range(together):
+                    piece_sh = np.int32(stage_sh + PIECE_BYTES * (piece + p))
+                    low, high = ptx.ld_shared_128(piece_sh), ptx.ld_shared_128(np.int32(piece_sh + 8 * pitch))
+                    for s in range(products):
+                        a = fragment(low, high, s)
+                        for j in range(batch_tiles):
+                            at = x_words * (batch_tiles * p + j) + 2 * s
+                            mma(acc, 4 * j, a[0], a[1], a[2], a[3], x[at], x[at + 1])
+            left = np.int32(left - step_k)
+            left_x = np.int32(left_x - step_k)
             for j in range(batch_tiles):
                 x_at[j] += 2 * step_k
-        finish(acc, shared_sh, thread, first, 0, rows, N, np.int64(bias_gl), np.int64(residual_gl), residual_stride, np.int64(out_gl),
-               form, linear, cubic)
+        if scaled:
+            scale_gl = np.int64(scale_gl) + 4 * first
+            upper = ptx.ld_written_f32(scale_gl + 4 * min(g, last))
+            lower = ptx.ld_written_f32(scale_gl + 4 * min(g + 8, last))
+            for j in range(batch_tiles):
+                acc[4 * j], acc[4 * j + 1] = acc[4 * j] * upper, acc[4 * j + 1] * upper
+                acc[4 * j + 2], acc[4 * j + 3] = acc[4 * j + 2] * lower, acc[4 * j + 3] * lower
+        finish(acc, shared_sh, thread, first, first_x, rows, N, np.int64(bias_gl), np.int64(residual_gl), residual_stride,
+               np.int64(out_gl), form, linear, cubic)
 
     return linear
 
 
 def spec(config: Config) -> Spec:
-    return Spec(make, config, "ppppplll" + "iiiiff", threads=32 * config.warps, shared_bytes=config.warps * config.stages * STAGE_BYTES,
-                min_blocks=4, dependent=True)
+    return Spec(make, config, "ppppppllliiiiiff", threads=32 * config.warps, shared_bytes=config.warps * config.stages * config.stage_bytes,
+                min_blocks=1, dependent=True)
 
 
 def variants() -> Iterator[Spec]:
     """Every variant that `pick` can give."""
-    for dtype in ("float16", "bfloat16"):
-        for rows in (8, 16):
-            yield spec(pick(dtype, rows))
+    for kind, batches in BATCHES.items():
+        for dtype in ("float16", "bfloat16"):
+            for rows in batches:
+                yield spec(pick(kind, dtype, rows))
 
 
-def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this kernel is for x[..., K] and weight[N, K]: up to MAX_ROWS rows, rows of 16 bytes from 16-byte boundaries."""
-    N, K = weight.shape
+def serves(x: torch.Tensor, weight: torch.Tensor, max_rows: int) -> bool:
+    """Whether this kernel can take x[..., K], of 16 bits and up to max_rows rows, and weight[N, width]: its rows whole 16-byte accesses."""
+    width = weight.shape[1]
     stride, dense = weight.stride()
-    return (0 < x.numel() <= MAX_ROWS * K and x.dtype is not torch.float32 and N > 0 and dense == 1 and not (K | stride) & 7
-            and not weight.data_ptr() & 15)
+    return (0 < x.numel() <= max_rows * x.shape[-1] and x.dtype is not torch.float32 and weight.shape[0] > 0 and dense == 1
+            and not ((width | stride) * weight.element_size() | weight.data_ptr()) & 15)
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, rows: int, device: int) -> Kernel:
-    return load(spec(pick(DTYPE_NAME[dtype], rows)), device)
+def _kernel(kind: str, dtype: torch.dtype, rows: int, device: int) -> Kernel:
+    return load(spec(pick(kind, DTYPE_NAME[dtype], rows)), device)
 
 
-def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
+def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
            residual: torch.Tensor | None) -> torch.Tensor:
-    N, K = weight.shape
-    rows = x.numel() // K
+    """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32."""
+    (N, width), rows = weight.shape, x.numel() // x.shape[-1]
     out = x.new_empty((*x.shape[:-1], N))
-    x, x_stride = rows_of(x)
-    if x.data_ptr() & 15 or x_stride & 7:
-        x, x_stride = x.clone(memory_format=torch.contiguous_format), K
-    bias_at = residual_at = residual_stride = 0
+    x, x_stride, K = aligned_x(x, rows)
+    bias_at = scale_at = residual_at = residual_stride = 0
+    if scales is not None:
+        scale_at = scales.data_ptr()
     if bias is not None:
         bias = bias.contiguous()
         bias_at = bias.data_ptr()
     if residual is not None:
         residual, residual_stride = rows_of(residual)
         residual_at = residual.data_ptr()
-    _kernel(x.dtype, rows, x.device.index)(
-        -(-N // TILE_ROWS), 1, 1, x.data_ptr(), weight.data_ptr(), bias_at, residual_at, out.data_ptr(), x_stride, weight.stride(0),
-        residual_stride, rows, N, K, *form_of(activation))
+    kernel = _kernel(KINDS.get(weight.dtype, "16-bit"), x.dtype, min(rows, 32), x.device.index)
+    kernel(-(-rows // kernel.spec.config.batch), -(-N // TILE_ROWS), 1, x.data_ptr(), weight.data_ptr(), scale_at, bias_at, residual_at,
+           out.data_ptr(), x_stride, weight.stride(0), residual_stride, rows, N, K, width, *form_of(activation))
     return out

@@ -10,18 +10,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.activation import FORMS, make_activate
+from ftops.numba_kernels.rows import rows_of
 
-STAGE_BYTES = 2048  # of a warp: four accesses of 16 bytes a lane
 NO_FORM = (-1, 0.0, 0.0)
 
 
 def form_of(activation: str | None) -> tuple[int, float, float]:
     """The last three arguments of a kernel of linear."""
     return NO_FORM if activation is None else FORMS[activation]
+
+
+def aligned_x(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, int, int]:
+    """(x, elements between its rows, K): rows from 16-byte boundaries and whole accesses of k; where need be a copy with zeros past K."""
+    K = x.shape[-1]
+    x, stride = rows_of(x)
+    if x.data_ptr() & 15 or (stride | K) & 7:
+        x = torch.nn.functional.pad(x.reshape(rows, K), (0, -K % 8)).clone(memory_format=torch.contiguous_format)
+        stride = K = x.shape[-1]
+    return x, stride, K
 
 
 def make_finish(dtype: str, batch: int, tile_rows: int, warps: int, warp_bytes: int) -> Callable:

@@ -15,6 +15,8 @@ from ftops.op import Case, check_tensors, invalid, register, straight
 from ftops.ops.bias_activation import ACTIVATIONS, bias_activation
 from ftops.samples import randn
 
+MAX_ROWS = 16  # of x that the kernel is for
+
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
               residual: torch.Tensor | None) -> torch.Tensor:
@@ -38,7 +40,10 @@ def library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ac
 
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear import launch, serves
-    return lambda x, weight, *rest: (launch if serves(x, weight) else library)(x, weight, *rest)
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return launch(x, weight, None, *rest) if serves(x, weight, MAX_ROWS) else library(x, weight, *rest)
+    return linear
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,

@@ -13,10 +13,9 @@ import torch
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
 from ftops.ops.linear import check_beside_weight, library
 from ftops.ops.linear import reference as linear_reference
-from ftops.packing import PIECE_K, dequantise_4bit, dequantise_8bit, described, pack_4bit, pack_groups, tiles_of
+from ftops.packing import PIECE_K, dequantise_4bit, described, pack_4bit, pack_groups, tiles_of
 from ftops.samples import randn
 
-KERNEL = "linear_packed"
 GROUP_SIZES = (32, 64, 128)
 MAX_ROWS = 64  # of x that the kernel is for
 
@@ -31,30 +30,27 @@ def _library(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, featur
     return library(x, dequantise_4bit(packed, scales, features, x.shape[-1], x.dtype), *rest)
 
 
-def on_gpu() -> Callable[..., Any]:
-    """Of weights of four or eight bits: which they are is seen from the shape of `packed`."""
+def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.dequantise import launch as dequantise
-    from ftops.numba_kernels.linear_packed import launch
+    from ftops.numba_kernels.linear_w4a16 import launch
 
     def linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
         K = x.shape[-1]
         if x.dtype is torch.float32:
-            dense = (dequantise_4bit if packed.dim() == 4 else dequantise_8bit)(packed, scales, features, K, x.dtype)
-        elif 0 < x.numel() <= MAX_ROWS * K:
+            return _library(x, packed, scales, features, *rest)
+        if 0 < x.numel() <= MAX_ROWS * K:
             return launch(x, packed, scales, features, *rest)
-        else:
-            dense = dequantise(packed, scales, features, K)
-        return library(x, dense, *rest)
+        return library(x, dequantise(packed, scales, features, K), *rest)
     return linear
 
 
-def fake(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
-         residual: torch.Tensor | None) -> torch.Tensor:
+def _fake(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
+          residual: torch.Tensor | None) -> torch.Tensor:
     return torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
 
 
 LINEAR_W4A16 = register("linear_w4a16(Tensor x, Tensor packed, Tensor scales, int features, Tensor? bias, str? activation, "
-                        "Tensor? residual) -> Tensor", cpu=_library, cuda=on_gpu, fake=fake)
+                        "Tensor? residual) -> Tensor", cpu=_library, cuda=_cuda, fake=_fake)
 _linear_w4a16 = straight(LINEAR_W4A16)
 
 
@@ -81,22 +77,18 @@ def linear_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, sh
     return _linear_w4a16(x, packed, scales, N, bias, activation, residual)
 
 
-def sample(shape: tuple[int, ...], N: int, packed: torch.Tensor, scales: torch.Tensor, device: torch.device, dtype: torch.dtype,
-           bias: bool = False, activation: str | None = None, residual: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One call with random x of `shape`."""
-    args = randn(shape, device, dtype), packed.to(device), scales.to(device, dtype), (N, shape[-1])
-    return (*args, randn((N,), device, dtype) if bias else None), {
-        "activation": activation, "residual": randn((*shape[:-1], N), device, dtype) if residual else None}
-
-
 def cases() -> Iterator[Case]:
-    def case(name: str, shape: tuple[int, ...], N: int, group_size: int = 128, zeros: bool = False, **options: Any) -> Case:
+    def case(name: str, shape: tuple[int, ...], N: int, group_size: int = 128, zeros: bool = False, bias: bool = False,
+             activation: str | None = None, residual: bool = False) -> Case:
         def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            q = torch.randint(16, (N, shape[-1]), dtype=torch.uint8)
-            scales = (torch.rand(N, -(-shape[-1] // group_size)) + 0.5) / (8 * shape[-1] ** 0.5)
+            K = shape[-1]
+            q = torch.randint(16, (N, K), dtype=torch.uint8)
+            scales = (torch.rand(N, -(-K // group_size)) + 0.5) / (8 * K ** 0.5)
             if zeros:
                 scales = torch.stack((scales, torch.randint(16, scales.shape)), -1)
-            return sample(shape, N, pack_4bit(q, group_size), pack_groups(scales), device, dtype, **options)
+            weight = pack_4bit(q, group_size).to(device), pack_groups(scales).to(device, dtype), (N, K)
+            return (randn(shape, device, dtype), *weight, randn((N,), device, dtype) if bias else None), {
+                "activation": activation, "residual": randn((*shape[:-1], N), device, dtype) if residual else None}
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)

@@ -1,11 +1,11 @@
-"""A linear layer with weights of eight bits: y = act(x W^T + bias) + residual, W = q * scale, one scale a row.
+"""A linear layer with weights of eight bits: y = act(x W^T + bias) + residual, W = values * scale, one scale a row.
 
-The weights lie as ftops/packing.py says (ftops.quant makes them so). On a GPU few rows of x read them at memory speed in one kernel;
-for more, W is written out once in x's dtype and the library multiplies.
+The values lie as W does, int8, row by row. On a GPU few rows of x read them at memory speed in one kernel; for more, W is written out
+once in x's dtype and the library multiplies.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,52 +13,75 @@ import torch
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
 from ftops.ops.linear import check_beside_weight, library
 from ftops.ops.linear import reference as linear_reference
-from ftops.ops.linear_w4a16 import fake, on_gpu, sample
-from ftops.packing import PIECE_K, dequantise_8bit, described, pack_8bit, pack_groups, tiles_of
+from ftops.packing import described
+from ftops.samples import randn
 
-KERNEL = "linear_packed"
+MAX_ROWS = 64  # of x that the kernel is for
 
 
-def reference(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None,
-              activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
+def dequantise(values: torch.Tensor, scales: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """values * scale [N, columns], rounded once to `dtype`, in one pass."""
+    out = torch.empty((values.shape[0], columns), dtype=dtype, device=values.device)
+    return torch.mul(values[:, :columns], scales.unsqueeze(-1), out=out)
+
+
+def reference(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
+              residual: torch.Tensor | None) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return linear_reference(x, dequantise_8bit(packed, scales, features, x.shape[-1], wide), bias, activation, residual).to(x.dtype)
+    return linear_reference(x, dequantise(values, scales, x.shape[-1], wide), bias, activation, residual).to(x.dtype)
 
 
-def _library(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
-    return library(x, dequantise_8bit(packed, scales, features, x.shape[-1], x.dtype), *rest)
+def _library(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return library(x, dequantise(values, scales, x.shape[-1], x.dtype), *rest)
 
 
-LINEAR_W8A16 = register("linear_w8a16(Tensor x, Tensor packed, Tensor scales, int features, Tensor? bias, str? activation, "
-                        "Tensor? residual) -> Tensor", cpu=_library, cuda=on_gpu, fake=fake)
+def _cuda() -> Callable[..., Any]:
+    from ftops.numba_kernels.linear import launch, serves
+
+    def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return (launch if serves(x, values, MAX_ROWS) else _library)(x, values, scales, *rest)
+    return linear
+
+
+def _fake(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
+          residual: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device)
+
+
+LINEAR_W8A16 = register("linear_w8a16(Tensor x, Tensor values, Tensor scales, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
+                        cpu=_library, cuda=_cuda, fake=_fake)
 _linear_w8a16 = straight(LINEAR_W8A16)
 
 
-def linear_w8a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None = None, *,
+def linear_w8a16(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None, *,
                  activation: str | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """act(x W^T + bias) + residual for x[..., K] and W of `shape` (N, K) in eight bits; the result [..., N] is contiguous.
+    """act(x W^T + bias) + residual for x[..., K] and W = values[N, K] * scales[N]; the result [..., N] is contiguous.
 
-    packed: int32 [tiles, pieces, 2, 32, 4]; scales [tiles, 1, 8, 4] of x's dtype (float32, float16, bfloat16). Sums in float32.
+    values: int8; scales: float32; x, bias and residual of one dtype (float32, float16, bfloat16; sums in float32). values may have
+    more columns than x, to the next multiple of 16, which are zeros: the kernel for few rows of x takes whole accesses alone.
     Raises ValueError.
     """
-    check_tensors("linear_w8a16", x=x, scales=scales, bias=bias, residual=residual)
-    check_beside("linear_w8a16", x.device, packed=packed)
-    N, K = shape
-    tiles, pieces = tiles_of(N), -(-K // PIECE_K)
-    if packed.dtype is not torch.int32 or packed.shape != (tiles, pieces, 2, 32, 4) or not packed.is_contiguous():
-        raise invalid("linear_w8a16", "packed", described(packed), f"contiguous int32 ({tiles}, {pieces}, 2, 32, 4)")
-    if scales.shape != (tiles, 1, 8, 4) or not scales.is_contiguous():
-        raise invalid("linear_w8a16", "scales", described(scales), f"contiguous ({tiles}, 1, 8, 4)")
-    check_beside_weight("linear_w8a16", x, N, K, bias, activation, residual)
-    return _linear_w8a16(x, packed, scales, N, bias, activation, residual)
+    check_tensors("linear_w8a16", x=x, bias=bias, residual=residual)
+    check_beside("linear_w8a16", x.device, values=values, scales=scales)
+    if values.dtype is not torch.int8 or values.dim() != 2:
+        raise invalid("linear_w8a16", "values", described(values), "int8 [N, K]")
+    N, width = values.shape
+    if scales.dtype is not torch.float32 or scales.shape != (N,) or not scales.is_contiguous():
+        raise invalid("linear_w8a16", "scales", described(scales), f"contiguous float32 ({N},)")
+    K = x.shape[-1] if x.dim() else 0
+    check_beside_weight("linear_w8a16", x, N, K if 0 <= width - K < 16 else width, bias, activation, residual)
+    return _linear_w8a16(x, values, scales, bias, activation, residual)
 
 
 def cases() -> Iterator[Case]:
-    def case(name: str, shape: tuple[int, ...], N: int, **options: Any) -> Case:
+    def case(name: str, shape: tuple[int, ...], N: int, bias: bool = False, activation: str | None = None,
+             residual: bool = False) -> Case:
         def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            packed = pack_8bit(torch.randint(-128, 128, (N, shape[-1]), dtype=torch.int8))
-            scales = pack_groups((torch.rand(N, 1) + 0.5) / (100 * shape[-1] ** 0.5))
-            return sample(shape, N, packed, scales, device, dtype, **options)
+            K = shape[-1]
+            values = torch.nn.functional.pad(torch.randint(-128, 128, (N, K), dtype=torch.int8), (0, -K % 16))
+            scales = (torch.rand(N) + 0.5) / (100 * K ** 0.5)
+            return (randn(shape, device, dtype), values.to(device), scales.to(device), randn((N,), device, dtype) if bias else None), {
+                "activation": activation, "residual": randn((*shape[:-1], N), device, dtype) if residual else None}
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)

@@ -42,7 +42,7 @@ def from_values(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | Non
     """Of values that are quantised already, bit for bit: q[N, K] in 0 .. 15, scales and zeros [N, groups] (None: 8 everywhere)."""
     scales = pack_groups(scales if zeros is None else torch.stack((scales, zeros.to(scales.dtype)), -1))
     return QuantizedWeight("int4", tuple(q.shape), {"packed": pack_4bit(q, group_size), "scales": scales},
-                           {"version": VERSION, "group_size": group_size})
+                           {"version": VERSION, "group_size": group_size, "dtype": str(scales.dtype)[6:]})
 
 
 def _rounded(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

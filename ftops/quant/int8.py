@@ -1,7 +1,7 @@
-"""int8: weights of eight bits, W8A16. W = q * scale with one scale a row (output channel).
+"""int8: weights of eight bits, W8A16. W = values * scale with one scale a row (output channel).
 
-Stored: `packed`, int32 [tiles, pieces, 2, 32, 4], and `scales`, of the weight's dtype, [tiles, 1, 8, 4]; the layout is that of
-ftops/packing.py. The scale is the largest value of the row over 127.
+Stored: `values`, int8 [N, K up to a multiple of 16, which the kernels' accesses want], zeros there, and `scales`, float32 [N]. The scale is
+the largest value of the row over 127.
 """
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 
 from ftops.op import invalid
 from ftops.ops import linear_w8a16
-from ftops.packing import PIECE_K, TILE_ROWS, dequantise_8bit, pack_8bit, pack_groups
+from ftops.ops.linear_w8a16 import dequantise
 from ftops.quant.weight import QuantizedWeight, check_format, check_weight, cut
 
 VERSION = 1
+WIDTH = 16  # values of an access
 
 
 def quantize(weight: torch.Tensor, group_size: int | None = None) -> QuantizedWeight:
@@ -20,26 +21,27 @@ def quantize(weight: torch.Tensor, group_size: int | None = None) -> QuantizedWe
     check_weight("int8", weight)
     if group_size is not None:
         raise invalid("int8", "group_size", group_size, "None: int8 has one scale a row")
-    scale = (weight.float().abs().amax(-1, keepdim=True) / 127).to(weight.dtype)
-    scale = torch.where(scale > 0, scale, 1)
-    q = (weight.float() / scale.float()).round().clamp(-128, 127).to(torch.int8)
-    return QuantizedWeight("int8", tuple(weight.shape), {"packed": pack_8bit(q), "scales": pack_groups(scale)}, {"version": VERSION})
+    scales = weight.float().abs().amax(-1) / 127
+    scales = torch.where(scales > 0, scales, 1)
+    values = (weight.float() / scales.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    return QuantizedWeight("int8", tuple(weight.shape), {"values": torch.nn.functional.pad(values, (0, -weight.shape[1] % WIDTH)),
+                                                         "scales": scales}, {"version": VERSION, "dtype": str(weight.dtype)[6:]})
 
 
 def dequantize(qw: QuantizedWeight) -> torch.Tensor:
     """The weight [N, K] that `qw` stands for, in its dtype."""
     check_format("int8", qw)
-    return dequantise_8bit(qw.tensors["packed"], qw.tensors["scales"], *qw.shape, qw.dtype)
+    return dequantise(qw.tensors["values"], qw.tensors["scales"], qw.shape[1], qw.dtype)
 
 
 def linear(x: torch.Tensor, qw: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None,
            residual: torch.Tensor | None = None) -> torch.Tensor:
     """act(x W^T + bias) + residual, as ops.linear."""
     check_format("int8", qw)
-    return linear_w8a16(x, qw.tensors["packed"], qw.tensors["scales"], qw.shape, bias, activation=activation, residual=residual)
+    return linear_w8a16(x, qw.tensors["values"], qw.tensors["scales"], bias, activation=activation, residual=residual)
 
 
 def shard(qw: QuantizedWeight, dim: int, index: int, count: int) -> QuantizedWeight:
-    """Shard `index` of `count`: rows (dim 0) in whole tiles of 32, columns (dim 1) in whole pieces of 32. Raises ValueError."""
+    """Shard `index` of `count`: any rows (dim 0), columns (dim 1) in whole accesses of 16. Raises ValueError."""
     check_format("int8", qw)
-    return cut(qw, dim, index, count, TILE_ROWS if dim == 0 else PIECE_K)
+    return cut(qw, dim, index, count, 1 if dim == 0 else WIDTH)

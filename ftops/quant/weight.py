@@ -10,9 +10,9 @@ from ftops.op import DTYPES, invalid
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """format: a name in ftops.quant.FORMATS; shape: (N, K) of the weight it stands for. `scales` is among the tensors, of the dtype of x.
+    """format: a name in ftops.quant.FORMATS; shape: (N, K) of the weight it stands for.
 
-    metadata: plain strings and numbers, kept in a file beside the tensors.
+    metadata: plain strings and numbers, kept in a file beside the tensors; "dtype" is that of the weight, without "torch.".
     """
 
     format: str
@@ -22,7 +22,7 @@ class QuantizedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.tensors["scales"].dtype
+        return getattr(torch, str(self.metadata["dtype"]))
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +58,7 @@ def cut(qw: QuantizedWeight, dim: int, index: int, count: int, multiple: int) ->
         raise invalid(qw.format, "shape", qw.shape, f"shards along dim {dim} of a multiple of {multiple}: {size} / {count} is none")
     tensors = {}
     for name, tensor in qw.tensors.items():
-        whole = dim == 1 and tensor.shape[1] == 1  # one scale a row serves every shard of the columns
+        whole = dim == 1 and tensor.dim() == 1  # one scale a row serves every shard of the columns
         tensors[name] = tensor if whole else tensor.chunk(count, dim)[index].contiguous()
     shape = (size // count, qw.shape[1]) if dim == 0 else (qw.shape[0], size // count)
     return replace(qw, shape=shape, tensors=tensors)

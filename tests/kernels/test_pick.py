@@ -11,7 +11,6 @@ from ftops.numba_kernels import (
     KERNELS,
     append_kv,
     attention_plain,
-    attention_sm90,
     bias_activation,
     decode_mma,
     dequantise,
@@ -19,7 +18,7 @@ from ftops.numba_kernels import (
     gated_activation,
     layer_norm,
     linear,
-    linear_packed,
+    linear_w4a16,
     rms_norm,
     rotary,
     rotary_append,
@@ -56,16 +55,16 @@ def picked(name: str) -> Iterator[Spec]:
     elif name == "rotary":
         yield from (rotary.spec(rotary.pick(dtype, vec, interleaved)) for dtype, _, vec in rows() for interleaved in (False, True))
     elif name == "linear":
-        yield from (linear.spec(linear.pick(dtype, rows)) for dtype in HALVES for rows in range(1, linear.MAX_ROWS + 1))
+        yield from (linear.spec(linear.pick(kind, dtype, rows)) for kind in linear.BATCHES for dtype in HALVES for rows in range(1, 100))
     elif name == "rotary_append":
         yield from (rotary_append.spec(rotary_append.Config(dtype, vec)) for dtype, _, vec in rows())
     elif name == "sample":
         yield from (sample.spec(sample.pick(dtype, vec)) for dtype, _, vec in rows())
     elif name == "dequantise":
-        yield from (dequantise.spec(dequantise.Config(kind, dtype)) for kind in ("int4", "int8") for dtype in HALVES)
-    elif name == "linear_packed":
-        yield from (linear_packed.spec(linear_packed.pick(kind, dtype, rows, size)) for kind in ("int4", "int8") for dtype in HALVES
-                    for rows in range(1, 100) for size in (32, 64, 128))
+        yield from (dequantise.spec(dequantise.Config(dtype)) for dtype in HALVES)
+    elif name == "linear_w4a16":
+        yield from (linear_w4a16.spec(linear_w4a16.pick(dtype, rows, size)) for dtype in HALVES for rows in range(1, 100)
+                    for size in (32, 64, 128))
     elif name == "append_kv":
         yield from (append_kv.spec(append_kv.pick(dtype, cache, wide)) for dtype in DTYPES
                     for cache in (dtype, torch.int8, torch.float8_e4m3fn) for wide in (False, True))
@@ -74,8 +73,6 @@ def picked(name: str) -> Iterator[Spec]:
         for module in {sys.modules[spec.make.__module__] for spec in variants_of(name)} - {attention_plain}:
             yield from (module.spec(module.pick(dtype, next(d for d in module.HEAD_DIMS if d >= dim), extras))
                         for dtype in HALVES for dim in range(1, 257) for extras in (False, True))
-        yield from (attention_sm90.spec(attention_sm90.pick(dtype, dim, extras, True)) for dtype in HALVES
-                    for dim in attention_sm90.HEAD_DIMS for extras in (False, True))
     elif name == "decode_attention":
         yield from (decode_mma.spec(decode_mma.pick(dtype, cache, dim, queries)) for dtype in HALVES
                     for cache in ("16-bit", "int8", "float8_e4m3fn") for dim in range(1, 257) for queries in range(1, 129))
@@ -90,7 +87,7 @@ def test_every_problem_has_a_listed_variant(name):
 
 
 @pytest.mark.parametrize("name", [
-    "rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "rotary_append", "append_kv", "linear", "linear_packed",
+    "rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "rotary_append", "append_kv", "linear", "linear_w4a16",
     "sample"])
 def test_every_listed_variant_is_for_some_problem(name):
     """A variant that is never asked for costs compile time on every machine."""

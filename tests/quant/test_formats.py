@@ -4,13 +4,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ftops.packing import pack_4bit, pack_8bit, unpack_4bit, unpack_8bit
+from ftops.packing import pack_4bit, unpack_4bit
 from ftops.quant import FORMATS, int4
 from tests.accuracy import assert_accurate
 from tests.ops.calls import DTYPE_IDS
 
 STEPS = {"int4": 7.5, "int8": 127}
-BITS = {"int4": 4.125, "int8": 8.0}
+BITS = {"int4": 4.125, "int8": 8 + 32 / 4096}
 
 
 def weight(N=96, K=512, dtype=torch.float32):
@@ -91,7 +91,7 @@ def test_sizes_that_are_no_multiple_of_a_tile_or_group(name, shape):
 def test_bits_a_weight(name):
     """What makes decoding fast: the bytes that are read."""
     qw = FORMATS[name].quantize(weight(256, 4096, torch.bfloat16))
-    assert 8 * qw.nbytes / (256 * 4096) <= BITS[name] + 16 / 4096
+    assert 8 * qw.nbytes / (256 * 4096) <= BITS[name]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -115,8 +115,8 @@ def test_shards_are_the_parts_of_the_whole(name, dim):
     qw = FORMATS[name].quantize(weight(128, 1024))
     parts = [FORMATS[name].shard(qw, dim, index, 4) for index in range(4)]
     assert torch.equal(torch.cat([FORMATS[name].dequantize(part) for part in parts], dim), FORMATS[name].dequantize(qw))
+    assert all(part.shape == ((32, 1024), (128, 256))[dim] for part in parts)
     assert all(tensor.is_contiguous() for part in parts for tensor in part.tensors.values())
-    assert sum(part.tensors["packed"].nbytes for part in parts) == qw.tensors["packed"].nbytes
 
 
 def test_layout_is_written_down():
@@ -126,16 +126,12 @@ def test_layout_is_written_down():
     words = pack_4bit(q, 32)
     assert words[1, 3, 4 * 5 + 3, 2 * 1 + 1].item() & 0xFFFFFFFF == 9 << (4 * (2 * 1 + 1) + 16)
     assert words.count_nonzero() == 1
-    bytes_of = pack_8bit(q.view(torch.int8))
-    assert bytes_of[1, 3, 1, 4 * 5 + 3, 2 * 1 + 1].item() == 9 << (8 * (1 + 2))
-    assert bytes_of.count_nonzero() == 1
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (32, 32), (70, 200), (96, 1000)])
 def test_unpacking_undoes_packing(shape):
-    q, v = torch.randint(16, shape, dtype=torch.uint8), torch.randint(-128, 128, shape, dtype=torch.int8)
+    q = torch.randint(16, shape, dtype=torch.uint8)
     assert torch.equal(unpack_4bit(pack_4bit(q, 128), *shape), q)
-    assert torch.equal(unpack_8bit(pack_8bit(v), *shape), v)
 
 
 WRONG = [
@@ -148,7 +144,8 @@ WRONG = [
     ("int4", lambda f: f.dequantize(FORMATS["int8"].quantize(weight())), ["int4: qw.format is 'int8'", "FORMATS"]),
     ("int8", lambda f: f.linear(torch.zeros(2, 512), FORMATS["int4"].quantize(weight())), ["int8: qw.format is 'int4'"]),
     ("int4", lambda f: f.shard(f.quantize(weight()), 1, 0, 8), ["int4: shape is (96, 512)", "multiple of 128", "512 / 8"]),
-    ("int8", lambda f: f.shard(f.quantize(weight()), 0, 0, 2), ["int8: shape is (96, 512)", "multiple of 32", "96 / 2"]),
+    ("int4", lambda f: f.shard(f.quantize(weight()), 0, 0, 2), ["int4: shape is (96, 512)", "multiple of 32", "96 / 2"]),
+    ("int8", lambda f: f.shard(f.quantize(weight()), 1, 0, 3), ["int8: shape is (96, 512)", "multiple of 16", "512 / 3"]),
     ("int8", lambda f: f.shard(f.quantize(weight()), 2, 0, 2), ["int8: dim is 2", "0 (rows, N)"]),
     ("int8", lambda f: f.shard(f.quantize(weight()), 0, 3, 3), ["int8: index is 3", "0 to 2"]),
 ]

@@ -1,9 +1,8 @@
-"""linear on the GPU for few rows of x and packed weights: out = act(x W^T + bias) + residual with W = (q - zero) * scale. sm_80 and up.
+"""linear on the GPU for few rows of x and four-bit weights: out = act(x W^T + bias) + residual with W = (q - zero) * scale. sm_80 and up.
 
-int4: q in 0 .. 15, a scale (and zero point; without one, 8) a row and group of 32, 64 or 128 values of k. int8: q in -128 .. 127, a scale
-a row. The weights lie as ftops/packing.py says, so that what a lane loads are its fragments. A block takes 32 rows of W and `batch` rows
-of x, and splits K over its warps (see linear_tile.py); a group's sums are scaled in float32.
-Floor: bytes of weights and scales / read bandwidth.
+q in 0 .. 15, a scale (and zero point; without one, 8) a row and group of 32, 64 or 128 values of k. The weights lie as ftops/packing.py
+says, so that what a lane loads are its fragments. A block takes 32 rows of W and `batch` rows of x, and splits K over its warps (see
+linear_tile.py); a group's sums are scaled in float32. Floor: bytes of weights and scales / read bandwidth.
 """
 from __future__ import annotations
 
@@ -18,20 +17,20 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
-from ftops.numba_kernels.linear_dequantise import ONE, ZERO, make_int4, make_int8, subtracts
-from ftops.numba_kernels.linear_tile import STAGE_BYTES, form_of, make_finish
+from ftops.numba_kernels.linear_dequantise import ONE, ZERO, make_int4, subtracts
+from ftops.numba_kernels.linear_tile import aligned_x, form_of, make_finish
 from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
 
-TILE_ROWS, PIECE_K = 32, 32
+TILE_ROWS, PIECE_K, PIECES = 32, 32, 4  # rows of W a block; values of k a piece, pieces a stage of a warp: four accesses of a lane
+WEIGHT_BYTES = 2048  # of a stage
 BATCHES = (8, 16, 32)
 
 
 @dataclass(frozen=True)
 class Config:
-    """kind: int4 or int8; dtype of x; batch: rows of x a block; records of scales a stage: 1, of 128 values of k, or 4; warps of a block,
-    stages of a warp's ring."""
+    """dtype of x; batch: rows of x a block; records of scales a stage: 1, of 128 values of k, or 4; warps of a block, stages of a warp's
+    ring."""
 
-    kind: str
     dtype: str
     batch: int
     records: int = 1
@@ -39,22 +38,16 @@ class Config:
     stages: int = 4
 
     @property
-    def pieces(self) -> int:
-        """Of 32 values of k, a stage."""
-        return 4 if self.kind == "int4" else 2
-
-    @property
     def stage_bytes(self) -> int:
-        return STAGE_BYTES + (512 * self.records if self.kind == "int4" else 0)
+        return WEIGHT_BYTES + 512 * self.records
 
 
-def pick(kind: str, dtype: str, rows: int, group_size: int = 128) -> Config:
+def pick(dtype: str, rows: int, group_size: int) -> Config:
     """The smallest batch that holds the rows; more rows than the largest are further blocks, which find the weights in L2."""
-    return Config(kind, dtype, next((batch for batch in BATCHES if batch >= rows), BATCHES[-1]),
-                  4 if kind == "int4" and group_size < 128 else 1)
+    return Config(dtype, next((batch for batch in BATCHES if batch >= rows), BATCHES[-1]), 4 if group_size < 128 else 1)
 
 
-def make_int4_piece(config: Config) -> Callable:
+def make_piece(config: Config) -> Callable:
     """multiply(piece, stage_sh, record, x, acc, part, sums, scale, minus, off): one piece's products to part, a whole group's to acc."""
     batch_tiles, records, subtract = config.batch // 8, config.records, subtracts(config.dtype, config.batch)
     mma, low, high, zero = ptx.MMA[config.dtype], ptx.LOW[config.dtype], ptx.HIGH[config.dtype], np.float32(0)
@@ -95,7 +88,7 @@ def make_int4_piece(config: Config) -> Callable:
     @cuda.jit(device=True, forceinline=True)
     def multiply(piece, stage_sh, record, x, acc, part, sums, scale, minus, off):
         if piece * records % 4 == 0:
-            load_record(stage_sh + STAGE_BYTES + 512 * (piece * records // 4), record, scale, minus, off)
+            load_record(stage_sh + WEIGHT_BYTES + 512 * (piece * records // 4), record, scale, minus, off)
         words = ptx.ld_shared_128(stage_sh + 512 * piece)
         for s in range(2):
             for i in range(2):
@@ -111,45 +104,28 @@ def make_int4_piece(config: Config) -> Callable:
     return multiply
 
 
-def make_int8_piece(config: Config) -> Callable:
-    """The same of int8, to acc at once."""
-    batch_tiles, mma, dequantise = config.batch // 8, ptx.MMA[config.dtype], make_int8(config.dtype)
-
-    @cuda.jit(device=True, forceinline=True)
-    def multiply(piece, stage_sh, record, x, acc, part, sums, scale, minus, off):
-        for i in range(2):
-            words = ptx.ld_shared_128(stage_sh + 512 * (2 * piece + i))
-            for s in range(2):
-                a = dequantise(words[2 * s], words[2 * s + 1])
-                for j in range(batch_tiles):
-                    mma(acc, 4 * (i * batch_tiles + j), a[0], a[1], a[2], a[3], x[4 * j + 2 * s], x[4 * j + 2 * s + 1])
-
-    return multiply
-
-
 def make(config: Config) -> Callable:
-    grouped, warps, stages, pieces, records = config.kind == "int4", config.warps, config.stages, config.pieces, config.records
+    warps, stages, records = config.warps, config.stages, config.records
     batch, batch_tiles, stage_bytes, last_stage = config.batch, config.batch // 8, config.stage_bytes, config.stages - 1
-    warp_bytes, step_pieces, piece_bytes = stages * stage_bytes, pieces * warps, STAGE_BYTES // pieces
-    step_shift, step_bytes, x_step = step_pieces.bit_length() - 1, STAGE_BYTES * warps, 2 * PIECE_K * step_pieces
+    warp_bytes, step_pieces, piece_bytes = stages * stage_bytes, PIECES * warps, WEIGHT_BYTES // PIECES
+    step_shift, step_bytes, x_step = step_pieces.bit_length() - 1, WEIGHT_BYTES * warps, 2 * PIECE_K * step_pieces
     n_acc, n_x = 8 * batch_tiles, 4 * batch_tiles
-    low, high, zero, nothing = ptx.LOW[config.dtype], ptx.HIGH[config.dtype], np.float32(0), np.uint32(0)
+    zero, nothing = np.float32(0), np.uint32(0)
     wait_for_oldest, finish = ptx.CP_ASYNC_WAIT[last_stage], make_finish(config.dtype, batch, TILE_ROWS, warps, warp_bytes)
-    multiply = make_int4_piece(config) if grouped else make_int8_piece(config)
+    multiply = make_piece(config)
 
     @cuda.jit(device=True, forceinline=True)
     def copy(stage_sh, w_gl, scale_gl, left, group_pieces, record):
         """The stage at w_gl, of which `left` pieces exist, and the records of its groups from scale_gl on; zeros elsewhere."""
-        for i in range(4):
-            ptx.cp_async_16(stage_sh + 512 * i, w_gl + 512 * i, np.uint32(16 if left > i * pieces // 4 else 0))
-        if grouped:
-            for i in range(records):
-                record_sh, live = stage_sh + STAGE_BYTES + 512 * i, np.uint32(record if left > i else 0)
-                group_gl = scale_gl + 8 * record * (i >> (group_pieces - 1))
-                if record == 16:
-                    ptx.cp_async_16(record_sh, group_gl, live)
-                else:
-                    ptx.cp_async_8(record_sh, group_gl, live)
+        for i in range(PIECES):
+            ptx.cp_async_16(stage_sh + 512 * i, w_gl + 512 * i, np.uint32(16 if left > i else 0))
+        for i in range(records):
+            record_sh, live = stage_sh + WEIGHT_BYTES + 512 * i, np.uint32(record if left > i else 0)
+            group_gl = scale_gl + 8 * record * (i >> (group_pieces - 1))
+            if record == 16:
+                ptx.cp_async_16(record_sh, group_gl, live)
+            else:
+                ptx.cp_async_8(record_sh, group_gl, live)
 
     @cuda.jit(device=True, forceinline=True)
     def load_x(piece, x_at, left_k, x):
@@ -159,27 +135,24 @@ def make(config: Config) -> Callable:
             if left_k > PIECE_K * piece:
                 x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3] = ptx.ld_written_128(x_at[j] + 2 * PIECE_K * piece)
 
-    def linear_packed(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, residual_stride, rows, N, K, count, group_pieces,
+    def linear_w4a16(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, residual_stride, rows, N, K, count, group_pieces,
                       record, form, linear, cubic):
         shared_sh = np.int32(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
         g, t = lane >> 2, lane & 3
         tile, first_x = np.int64(cuda.blockIdx.y), np.int32(batch * np.int32(cuda.blockIdx.x))
-        tile_bytes, scale_bytes = np.int32(count * piece_bytes), np.int32(8 * record)
-        scale_step = np.int32(0)
-        if grouped:
-            scale_step = np.int32(scale_bytes * (step_pieces // group_pieces))
-            scale_bytes = np.int32(scale_bytes * (count // group_pieces))
+        tile_bytes, scale_bytes = np.int32(count * piece_bytes), np.int32(8 * record * (count // group_pieces))
+        scale_step = np.int32(8 * record * (step_pieces // group_pieces))
         w_gl, scale_gl = np.int64(w_gl) + tile * tile_bytes, np.int64(scale_gl) + tile * scale_bytes
-        begin = np.int32(warp * (stages * STAGE_BYTES))
+        begin = np.int32(warp * (stages * WEIGHT_BYTES))
         if lane == 0 and begin < tile_bytes:
-            ptx.prefetch_l2_bulk(w_gl + begin, min(np.int32(stages * STAGE_BYTES), np.int32(tile_bytes - begin)))
+            ptx.prefetch_l2_bulk(w_gl + begin, min(np.int32(stages * WEIGHT_BYTES), np.int32(tile_bytes - begin)))
         if thread == 1:
             ptx.prefetch_l2_bulk(scale_gl, scale_bytes)
-        left, left_k = np.int32(count - pieces * warp), np.int32(K - PIECE_K * pieces * warp - 8 * t)
+        left, left_k = np.int32(count - PIECES * warp), np.int32(K - PIECE_K * PIECES * warp - 8 * t)
         steps = np.int32((left + (step_pieces - 1)) >> step_shift)
-        w_gl += STAGE_BYTES * warp + 16 * lane
+        w_gl += WEIGHT_BYTES * warp + 16 * lane
         scale_gl += record * g + warp * (scale_step // warps)
         ring_sh = np.int32(shared_sh + warp * warp_bytes + 16 * lane)
         x_at = cuda.local.array(batch_tiles, np.int64)
@@ -197,7 +170,7 @@ def make(config: Config) -> Callable:
         for i in range(4):
             minus[i] = nothing
         for j in range(batch_tiles):
-            x_at[j] = np.int64(x_gl) + 2 * (x_stride * min(first_x + g + 8 * j, rows - 1) + PIECE_K * pieces * warp + 8 * t)
+            x_at[j] = np.int64(x_gl) + 2 * (x_stride * min(first_x + g + 8 * j, rows - 1) + PIECE_K * PIECES * warp + 8 * t)
         ptx.wait_for_primary()
         ptx.launch_dependents()
         for i in range(last_stage):
@@ -218,29 +191,23 @@ def make(config: Config) -> Callable:
             wait_for_oldest()
             stage_sh = np.int32(ring_sh + stage_bytes * using)
             using = np.int32(0) if using == last_stage else np.int32(using + 1)
+            # Written out: LLVM keeps such a loop as one.
             load_x(0, x_at, left_k, x)
             multiply(0, stage_sh, record, x, acc, part, sums, scale, minus, off)
             load_x(1, x_at, left_k, x)
             multiply(1, stage_sh, record, x, acc, part, sums, scale, minus, off)
-            if pieces == 4:  # written out: LLVM keeps such a loop as one
-                load_x(2, x_at, left_k, x)
-                multiply(2, stage_sh, record, x, acc, part, sums, scale, minus, off)
-                load_x(3, x_at, left_k, x)
-                multiply(3, stage_sh, record, x, acc, part, sums, scale, minus, off)
+            load_x(2, x_at, left_k, x)
+            multiply(2, stage_sh, record, x, acc, part, sums, scale, minus, off)
+            load_x(3, x_at, left_k, x)
+            multiply(3, stage_sh, record, x, acc, part, sums, scale, minus, off)
             left = np.int32(left - step_pieces)
             left_k = np.int32(left_k - PIECE_K * step_pieces)
             for j in range(batch_tiles):
                 x_at[j] += x_step
-        if not grouped:
-            first, second = ptx.ld_written_32(scale_gl), ptx.ld_written_32(scale_gl + 4)
-            scale[0], scale[1], scale[2], scale[3] = low(first), high(first), low(second), high(second)
-            for i in range(2):
-                for j in range(4 * batch_tiles):
-                    acc[4 * batch_tiles * i + j] *= scale[2 * i + (j % 4 >> 1)]
         finish(acc, shared_sh, thread, TILE_ROWS * np.int32(tile), first_x, rows, N, np.int64(bias_gl), np.int64(residual_gl),
                residual_stride, np.int64(out_gl), form, linear, cubic)
 
-    return linear_packed
+    return linear_w4a16
 
 
 def spec(config: Config) -> Spec:
@@ -252,25 +219,21 @@ def variants() -> Iterator[Spec]:
     """Every variant that `pick` can give."""
     for dtype in ("float16", "bfloat16"):
         for rows in BATCHES:
-            yield spec(pick("int8", dtype, rows))
-            yield from (spec(pick("int4", dtype, rows, group_size)) for group_size in (128, 64))
+            for group_size in (64, 128):
+                yield spec(pick(dtype, rows, group_size))
 
 
 @functools.cache
-def _kernel(kind: str, dtype: torch.dtype, rows: int, group_size: int, device: int) -> Kernel:
-    return load(spec(pick(kind, DTYPE_NAME[dtype], rows, group_size)), device)
+def _kernel(dtype: torch.dtype, rows: int, group_size: int, device: int) -> Kernel:
+    return load(spec(pick(DTYPE_NAME[dtype], rows, group_size)), device)
 
 
 def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
            residual: torch.Tensor | None) -> torch.Tensor:
-    """packed: int4 [tiles, pieces, 32, 4], int8 [tiles, pieces, 2, 32, 4]; scales [tiles, groups, 8, 4], with zero points [..., 2]."""
-    kind, K, (tiles, count) = "int4" if packed.dim() == 4 else "int8", x.shape[-1], packed.shape[:2]
-    rows = x.numel() // K
+    """packed [tiles, pieces, 32, 4]; scales [tiles, groups, 8, 4], or [..., 2] with zero points."""
+    rows, (tiles, count) = x.numel() // x.shape[-1], packed.shape[:2]
     out = x.new_empty((*x.shape[:-1], features))
-    x, x_stride = rows_of(x)
-    if x.data_ptr() & 15 or (x_stride | K) & 7:
-        x = torch.nn.functional.pad(x.reshape(rows, K), (0, -K % 8)).clone()  # whole accesses, past K zeros
-        x_stride = K = x.shape[-1]
+    x, x_stride, K = aligned_x(x, rows)
     bias_at = residual_at = residual_stride = 0
     if bias is not None:
         bias = bias.contiguous()
@@ -278,8 +241,8 @@ def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features
     if residual is not None:
         residual, residual_stride = rows_of(residual)
         residual_at = residual.data_ptr()
-    group_pieces = count // scales.shape[1] if kind == "int4" else 1
-    kernel = _kernel(kind, x.dtype, min(rows, BATCHES[-1]), PIECE_K * group_pieces, x.device.index)
+    group_pieces = count // scales.shape[1]
+    kernel = _kernel(x.dtype, min(rows, BATCHES[-1]), PIECE_K * group_pieces, x.device.index)
     kernel(-(-rows // kernel.spec.config.batch), tiles, 1, x.data_ptr(), packed.data_ptr(), scales.data_ptr(), bias_at, residual_at,
            out.data_ptr(), x_stride, residual_stride, rows, features, K, count, group_pieces, 8 if scales.dim() == 4 else 16,
            *form_of(activation))
