@@ -31,20 +31,20 @@ SIGNATURE = "ttt" + "ppppppp" + "lll" + "iiiiiiiiiii" + "ff"
 
 
 def make(config: Config) -> Callable:
-    head_dim, extras, consumers, keys, stages, q_stages, turns = (
-        config.head_dim, config.extras, config.consumers, config.keys, config.stages, config.q_stages, config.turns)
+    head_dim, extras, consumers, keys, stages, q_registers, turns = (
+        config.head_dim, config.extras, config.consumers, config.keys, config.stages, config.q_registers, config.turns)
     of_consumers = np.uint32(128 * consumers)
-    q_bytes, tile_bytes = np.uint32(config.q_bytes), np.uint32(config.tile_bytes)
+    tile_bytes = np.uint32(config.tile_bytes)
     k_at, v_at, info_at = np.uint32(config.k_at), np.uint32(config.v_at), np.uint32(config.info_at)
     q_full, q_empty = np.uint32(config.q_full), np.uint32(config.q_empty)
     k_full, k_empty, v_full, v_empty = (np.uint32(at) for at in (config.k_full, config.k_empty, config.v_full, config.v_empty))
-    score_size, out_size, prob_size = keys // 2, head_dim // 2, keys // 4
-    last, q_shift, both = np.uint32(stages - 1), np.uint32(q_stages - 1), np.uint32(256)
+    score_size, out_size, prob_size, query_size = keys // 2, head_dim // 2, keys // 4, head_dim // 4
+    last, both = np.uint32(stages - 1), np.uint32(256)
     # Registers of a producer's and of a consumer's thread: what the block was launched with, 504 or 512 a lane of four or three warpgroups.
     give, take = (hopper.SETMAXNREG["dec", 40], hopper.SETMAXNREG["inc", 232]) if consumers == 2 else (hopper.SETMAXNREG["dec", 32],
                                                                                                   hopper.SETMAXNREG["inc", 160])
     wait_0, wait_1 = hopper.WGMMA_WAIT[0], hopper.WGMMA_WAIT[1]
-    row_major, column_major, scores, accumulate = make_products(config)
+    take_q, scores, column_major, accumulate = make_products(config)
     sample, highest, settle, powers, rescale, pack = make_softmax(config)
     loose = LOOSE[config.dtype]
     hide = make_hide(keys, 1)
@@ -52,9 +52,9 @@ def make(config: Config) -> Callable:
     clear, store, produce = make_clear(config), make_store(config), make_produce(config)
 
     @cuda.jit(device=True, forceinline=True)
-    def again(score, bases, q_mine, k_tile, edge, key, info, left, right, factor):
+    def again(score, bases, query, q_mine, k_tile, edge, key, info, left, right, factor):
         """The scores once more, and every row measured from the highest of them."""
-        scores(score, row_major(ptx.uniform(q_mine)), row_major(ptx.uniform(k_tile)))
+        scores(score, query, q_mine, k_tile)
         wait_0()
         if edge:
             hide(score, key, np.int32(ptx.ld_shared_32(info + np.uint32(8))), left, right,
@@ -72,9 +72,8 @@ def make(config: Config) -> Callable:
             hopper.prefetch_tensor_map(q_tensor)
             hopper.prefetch_tensor_map(k_tensor)
             hopper.prefetch_tensor_map(v_tensor)
-            for s in range(q_stages):
-                hopper.mbarrier_init(base + q_full + np.uint32(8 * s), np.uint32(1))
-                hopper.mbarrier_init(base + q_empty + np.uint32(8 * s), np.uint32(consumers))
+            hopper.mbarrier_init(base + q_full, np.uint32(1))
+            hopper.mbarrier_init(base + q_empty, np.uint32(4 * consumers))
             for s in range(stages):
                 hopper.mbarrier_init(base + k_full + np.uint32(8 * s), np.uint32(1))
                 hopper.mbarrier_init(base + v_full + np.uint32(8 * s), np.uint32(1))
@@ -92,9 +91,9 @@ def make(config: Config) -> Callable:
 
         take()
         mine = np.uint32(thread >> np.uint32(7))
-        first_mine = np.int32(np.int32(64) * np.int32(mine))
+        first_mine, q_mine = np.int32(np.int32(64) * np.int32(mine)), np.uint32(base + mine * np.uint32(8192))
         own_bar = np.uint32(np.uint32(consumers + 1) + mine)
-        leader = thread & np.uint32(127) == np.uint32(0)
+        leader, speaker = thread & np.uint32(127) == np.uint32(0), thread & np.uint32(31) == np.uint32(0)  # of a warpgroup, of a warp
         my_turn = np.uint32(mine + np.uint32(1))
         next_turn = np.uint32(1) if mine == np.uint32(consumers - 1) else np.uint32(my_turn + np.uint32(1))
         factor = np.float32(1) if extras else scale * LOG2E
@@ -102,6 +101,7 @@ def make(config: Config) -> Callable:
         out = cuda.local.array(out_size, np.float32)
         score = cuda.local.array(score_size, np.float32)
         prob = cuda.local.array(prob_size, np.uint32)
+        query = cuda.local.array(query_size, np.uint32)
         bases = cuda.local.array(2, np.float32)
         total = cuda.local.array(2, np.float32)
         for i in range(score_size):
@@ -112,9 +112,7 @@ def make(config: Config) -> Callable:
         if turns and mine == np.uint32(consumers - 1):
             hopper.bar_arrive(next_turn, both)
         while True:
-            q_slot = np.uint32(turn & np.uint32(q_stages - 1))
-            q_mine = np.uint32(base + q_slot * q_bytes + mine * np.uint32(8192))
-            hopper.mbarrier_wait(base + q_full + np.uint32(8) * q_slot, (turn >> q_shift) & np.uint32(1))
+            hopper.mbarrier_wait(base + q_full, turn & np.uint32(1))
             info = np.uint32(base + info_at + np.uint32(INFO_BYTES) * (turn & np.uint32(INFO_SLOTS - 1)))
             count, first_key, first_position, rows_left = ptx.ld_shared_128(info)
             if count == NOTHING:
@@ -162,10 +160,14 @@ def make(config: Config) -> Callable:
                 slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
                 key, waiting, valid = np.int32(key - np.int32(keys)), np.int32(waiting - np.int32(1)), np.int32(keys)
             if waiting > np.int32(0):
+                if q_registers:
+                    take_q(query, q_mine)
+                    if speaker:
+                        hopper.mbarrier_arrive(base + q_empty)
                 hopper.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
                 if turns:
                     hopper.bar_sync(my_turn, both)
-                scores(score, row_major(ptx.uniform(q_mine)), row_major(base + k_at + ptx.uniform(slot) * tile_bytes))
+                scores(score, query, q_mine, base + k_at + slot * tile_bytes)
                 if turns:
                     hopper.bar_arrive(next_turn, both)
                 wait_0()
@@ -185,7 +187,7 @@ def make(config: Config) -> Callable:
                 if not extras:
                     outgrown = hopper.bar_any(own_bar, np.uint32(128), np.uint32(sum_0 > loose or sum_1 > loose))
                 if outgrown != np.uint32(0):
-                    again(score, bases, q_mine, base + k_at + slot * tile_bytes, edge, key, info, left, right, factor)
+                    again(score, bases, query, q_mine, base + k_at + slot * tile_bytes, edge, key, info, left, right, factor)
                     sum_0, sum_1 = powers(score, bases, factor)
                 total[0], total[1] = sum_0, sum_1
                 if leader:
@@ -205,7 +207,7 @@ def make(config: Config) -> Callable:
                     hopper.mbarrier_wait(base + k_full + np.uint32(8) * slot, phase)
                     if turns:
                         hopper.bar_sync(my_turn, both)
-                    scores(score, row_major(ptx.uniform(q_mine)), row_major(base + k_at + ptx.uniform(slot) * tile_bytes))
+                    scores(score, query, q_mine, base + k_at + slot * tile_bytes)
                     accumulate(out, prob, column_major(base + v_at + ptx.uniform(before) * tile_bytes))
                     if turns:
                         hopper.bar_arrive(next_turn, both)
@@ -232,7 +234,7 @@ def make(config: Config) -> Callable:
                     hopper.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
                     wait_0()
                     if outgrown != np.uint32(0):
-                        s0, s1 = again(score, bases, q_mine, base + k_at + slot * tile_bytes, edge, key, info, left, right, factor)
+                        s0, s1 = again(score, bases, query, q_mine, base + k_at + slot * tile_bytes, edge, key, info, left, right, factor)
                         sum_0, sum_1 = powers(score, bases, factor)
                         r0, r1 = np.float32(r0 * s0), np.float32(r1 * s1)
                     if leader:
@@ -248,16 +250,14 @@ def make(config: Config) -> Callable:
                     phase = np.uint32(phase ^ np.uint32(slot == last))
                     slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
                     waiting = np.int32(waiting - np.int32(1))
-                if leader:
-                    hopper.mbarrier_arrive(base + q_empty + np.uint32(8) * q_slot)
+                if speaker and not q_registers:
+                    hopper.mbarrier_arrive(base + q_empty)
                 accumulate(out, prob, column_major(base + v_at + ptx.uniform(before) * tile_bytes))
                 wait_0()
                 if leader:
                     hopper.mbarrier_arrive(base + v_empty + np.uint32(8) * before)
-            else:
-                hopper.bar_sync(own_bar, np.uint32(128))
-                if leader:
-                    hopper.mbarrier_arrive(base + q_empty + np.uint32(8) * q_slot)
+            elif speaker:
+                hopper.mbarrier_arrive(base + q_empty)
             _, out_row, head, _ = ptx.ld_shared_128(info + np.uint32(16))
             warp_row = np.int32(ptx.here(np.uint32(cuda.threadIdx.x)) >> np.uint32(5)) * np.int32(16)
             row_bytes = np.uint64(heads) * np.uint64(2 * dim)
@@ -277,6 +277,7 @@ def spec(config: Config) -> Spec:
 
 def variants() -> Iterator[Spec]:
     """Every variant that `pick` can give."""
-    picked = (pick(dtype, head_dim, extras, short) for dtype in ("float16", "bfloat16") for head_dim in HEAD_DIMS
-              for extras in (False, True) for short in (False, True))
-    yield from map(spec, dict.fromkeys(picked))
+    for dtype in ("float16", "bfloat16"):
+        for head_dim in HEAD_DIMS:
+            for extras in (False, True):
+                yield spec(pick(dtype, head_dim, extras))

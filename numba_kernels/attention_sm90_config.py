@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 CHUNK = 64  # columns of a row of 128 bytes, the widest that TMA and wgmma swizzle
-INFO_BYTES, INFO_SLOTS = 48, 4
+INFO_BYTES, INFO_SLOTS = 48, 2
 
 
 @dataclass(frozen=True)
 class Config:
     """head_dim: padded; extras: softcap, bias, ALiBi or a scale that is not positive; consumers: warpgroups of 64 query rows; keys: rows
-    of a K or V tile; stages: K and V tiles in shared memory, of each; q_stages: tiles of Q, 1 or 2; turns: consumers take turns at the
-    tensor cores.
+    of a K or V tile; stages: K and V tiles in shared memory, of each; q_registers: Q is copied to registers, which leaves room for that
+    of the next tile at once, and takes no bandwidth of shared memory; turns: consumers take turns at the tensor cores.
     """
 
     dtype: str
@@ -21,7 +21,7 @@ class Config:
     consumers: int
     keys: int
     stages: int
-    q_stages: int
+    q_registers: bool
     turns: bool
 
     @property
@@ -45,11 +45,11 @@ class Config:
         return self.chunks * 128 * self.keys
 
     # Offsets from a base of 1024-byte alignment: Q at 0, then K, V, the barriers (8 bytes each) and what the producer says of a tile, which
-    # is read until the tile is stored, when the producer may be q_stages tiles ahead.
+    # is read until the tile is stored, when the producer may be one tile ahead.
 
     @property
     def k_at(self) -> int:
-        return self.q_stages * self.q_bytes
+        return self.q_bytes
 
     @property
     def v_at(self) -> int:
@@ -61,11 +61,11 @@ class Config:
 
     @property
     def q_empty(self) -> int:
-        return self.q_full + 8 * self.q_stages
+        return self.q_full + 8
 
     @property
     def k_full(self) -> int:
-        return self.q_empty + 8 * self.q_stages
+        return self.q_empty + 8
 
     @property
     def k_empty(self) -> int:
@@ -89,26 +89,20 @@ class Config:
         return self.info_at + INFO_BYTES * INFO_SLOTS + 1008
 
 
-def pick(dtype: str, head_dim: int, extras: bool, short: bool = False) -> Config:
-    """short: all keys of a sequence are one tile, as in short prompts."""
-    tiles = _EXTRA_TILES if extras else _TILES | _SHORT_TILES if short else _TILES
-    return Config(dtype, head_dim, extras, *tiles[head_dim])
+def pick(dtype: str, head_dim: int, extras: bool) -> Config:
+    return Config(dtype, head_dim, extras, *(_EXTRA_TILES if extras else _TILES)[head_dim])
 
 
-# consumers, keys, stages, q_stages, turns: the fastest measured over the rows of docs/tuning/attention_sm90.md. Keys are released after the
-# softmax, so that two stages are few; at 192 and 256 no more have room. Five at 64 hold the keys of the next head while a short sequence
-# finishes this one.
+# consumers, keys, stages, q_registers, turns: the fastest measured over the rows of docs/tuning/attention_sm90.md. Keys are released after
+# the softmax, so that two stages are few; at 192 and 256 no more have room. Seven at 64 hold the keys of the next head while a short
+# sequence finishes this one.
 _TILES = {
-    64: (3, 128, 5, 2, True),
-    80: (2, 128, 3, 1, True),
-    96: (2, 128, 3, 1, True),
-    128: (2, 128, 3, 1, True),
-    192: (2, 112, 2, 1, False),
-    256: (2, 80, 2, 1, True),
+    64: (3, 96, 7, True, True),
+    80: (2, 128, 3, True, True),
+    96: (2, 128, 3, True, True),
+    128: (2, 128, 3, True, True),
+    192: (2, 112, 2, False, False),
+    256: (2, 80, 2, False, True),
 }
-# One tile of keys is all there is: the next block of queries comes while this one is worked on (128 keys, 32 heads over 8: 17.7 us; 25.1
-# with one place for Q).
-SHORT = 128
-_SHORT_TILES = {head_dim: (2, SHORT, 2, 2, True) for head_dim in (80, 96, 128)}
 # The most keys whose scores and bias fit the registers.
-_EXTRA_TILES = {head_dim: (2, 64, 2, 1, head_dim <= 128) for head_dim in HEAD_DIMS[:-1]} | {256: (2, 48, 2, 1, False)}
+_EXTRA_TILES = {head_dim: (2, 64, 2, False, head_dim <= 128) for head_dim in HEAD_DIMS[:-1]} | {256: (2, 48, 2, False, False)}

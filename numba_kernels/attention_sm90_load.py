@@ -71,12 +71,12 @@ def make_packed_tile(rows: int) -> Callable:
 
 
 def make_produce(config: Config) -> Callable:
-    rows, keys, stages, q_stages, parts = config.rows, config.keys, config.stages, config.q_stages, config.chunks
+    rows, keys, stages, parts = config.rows, config.keys, config.stages, config.chunks
     q_bytes, tile_bytes = np.uint32(config.q_bytes), np.uint32(config.tile_bytes)
     k_at, v_at, info_at = np.uint32(config.k_at), np.uint32(config.v_at), np.uint32(config.info_at)
     q_full, q_empty = np.uint32(config.q_full), np.uint32(config.q_empty)
     k_full, k_empty, v_full, v_empty = (np.uint32(at) for at in (config.k_full, config.k_empty, config.v_full, config.v_empty))
-    q_shift, last = np.uint32(q_stages - 1), np.uint32(stages - 1)
+    last = np.uint32(stages - 1)
     packed_tile = make_packed_tile(rows)
 
     @cuda.jit(device=True, forceinline=True)
@@ -125,19 +125,18 @@ def make_produce(config: Config) -> Callable:
                     count = np.uint32(first - np.uint32(begin) // np.uint32(keys) + np.uint32(1))
                 key = np.uint32(first * np.uint32(keys))
                 out_row = np.uint32(start_q + np.uint32(first_row) if packed else batch * np.uint32(all_queries) + np.uint32(first_row))
-                q_slot = np.uint32(turn & np.uint32(q_stages - 1))
-                hopper.mbarrier_wait(base + q_empty + np.uint32(8) * q_slot, ((turn >> q_shift) & np.uint32(1)) ^ np.uint32(1))
+                hopper.mbarrier_wait(base + q_empty, (turn & np.uint32(1)) ^ np.uint32(1))
                 info = np.uint32(base + info_at + np.uint32(INFO_BYTES) * (turn & np.uint32(INFO_SLOTS - 1)))
                 ptx.st_shared_128(info, NOTHING if batch == NOTHING else count, key, np.uint32(position), np.uint32(queries - first_row))
                 ptx.st_shared_128(info + np.uint32(16), np.uint32(limit), out_row, head, batch)
                 ptx.st_shared_32(info + np.uint32(32), np.uint32(first_row))
-                full = np.uint32(base + q_full + np.uint32(8) * q_slot)
+                full = np.uint32(base + q_full)
                 if batch == NOTHING or count == np.uint32(0):
                     hopper.mbarrier_arrive(full)
                 else:
                     map_batch = np.uint32(0) if packed else batch
                     kv_head = ptx.div_u32(head, group)
-                    fetch(base + q_slot * q_bytes, rows, full, q_bytes, q_tensor, head, start_q + np.uint32(first_row), map_batch)
+                    fetch(base, rows, full, q_bytes, q_tensor, head, start_q + np.uint32(first_row), map_batch)
                     key = np.uint32(key + start_kv)
                     # K_i before V_(i-1): the order in which the consumers free the slots. `here` keeps the loop from being unrolled.
                     behind = False

@@ -27,14 +27,16 @@ LOOSE = {"float16": np.float32(2.0 ** 15), "bfloat16": np.float32(2.0 ** 60)}
 
 
 def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callable]:
-    """(row_major, column_major, scores, accumulate).
+    """(take_q, scores, column_major, accumulate).
 
-    row_major(address), column_major(address): descriptors of Q and K, of V. scores(score, q, k): score = Q K^T. accumulate(out, prob, v):
-    out += P V. Both start one wgmma group, whose registers must not be touched before it is waited for.
+    take_q(query, tile): this warpgroup's rows of Q, at shared address `tile`, to registers as A fragments, if they are kept there.
+    scores(score, query, q_tile, k_tile): score = Q K^T, Q from registers or from q_tile. column_major(address): descriptor of V.
+    accumulate(out, prob, v): out += P V. Products start one wgmma group, whose registers must not be touched before it is waited for.
     """
     steps, key_steps = config.head_dim // 16, config.keys // 16
     q_chunk, k_chunk = config.rows * 128 // 16, config.keys * 128 // 16
-    product, product_p = hopper.wgmma_shared(config.dtype, config.keys), hopper.wgmma_registers(config.dtype, config.head_dim)
+    product, product_q = hopper.wgmma_shared(config.dtype, config.keys), hopper.wgmma_registers(config.dtype, config.keys, True)
+    product_p, q_registers = hopper.wgmma_registers(config.dtype, config.head_dim, False), config.q_registers
     plain, strided = np.uint64(_SWIZZLED), np.uint64(_SWIZZLED | (k_chunk << 16))
     mask = np.uint32(0x3FFFF)
 
@@ -47,21 +49,37 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
         return np.uint64(strided | np.uint64((address & mask) >> np.uint32(4)))
 
     @cuda.jit(device=True, forceinline=True)
-    def scores(score, q, k):
-        hopper.wgmma_fence()
+    def take_q(query, tile):
+        thread = np.uint32(cuda.threadIdx.x)
+        row = np.uint32((thread >> np.uint32(1)) & np.uint32(48)) | (thread & np.uint32(15))
+        line, low, high = np.uint32(tile + row * np.uint32(128)), row & np.uint32(7), (thread >> np.uint32(4)) & np.uint32(1)
         for d in range(steps):
-            within = d % 4 * 2  # 16 elements are 32 bytes
-            product(score, 0, q + np.uint64(d // 4 * q_chunk + within), k + np.uint64(d // 4 * k_chunk + within), np.uint32(d))
+            at = np.uint32(line + np.uint32(d // 4 * q_chunk * 16) + np.uint32(16) * (np.uint32(np.uint32(d % 4 * 2) + high) ^ low))
+            query[4 * d], query[4 * d + 1], query[4 * d + 2], query[4 * d + 3] = ptx.ldmatrix_x4(at)
+
+    @cuda.jit(device=True, forceinline=True)
+    def scores(score, query, q_tile, k_tile):
+        k = row_major(ptx.uniform(k_tile))
+        hopper.wgmma_fence()
+        if q_registers:
+            for d in range(steps):
+                product_q(score, 0, query[4 * d], query[4 * d + 1], query[4 * d + 2], query[4 * d + 3],
+                          k + np.uint64(d // 4 * k_chunk + d % 4 * 2), np.uint32(d))
+        else:
+            q = row_major(ptx.uniform(q_tile))
+            for d in range(steps):
+                within = d % 4 * 2  # 16 elements are 32 bytes
+                product(score, 0, q + np.uint64(d // 4 * q_chunk + within), k + np.uint64(d // 4 * k_chunk + within), np.uint32(d))
         hopper.wgmma_commit()
 
     @cuda.jit(device=True, forceinline=True)
     def accumulate(out, prob, v):
         hopper.wgmma_fence()
         for s in range(key_steps):
-            product_p(out, 0, prob[4 * s], prob[4 * s + 1], prob[4 * s + 2], prob[4 * s + 3], v + np.uint64(128 * s))
+            product_p(out, 0, prob[4 * s], prob[4 * s + 1], prob[4 * s + 2], prob[4 * s + 3], v + np.uint64(128 * s), np.uint32(1))
         hopper.wgmma_commit()
 
-    return row_major, column_major, scores, accumulate
+    return take_q, scores, column_major, accumulate
 
 
 def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable, Callable, Callable]:

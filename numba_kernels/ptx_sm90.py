@@ -49,14 +49,14 @@ def wgmma_shared(dtype: str, n: int) -> Callable:
                           n // 2, "llr")
 
 
-def wgmma_registers(dtype: str, n: int) -> Callable:
-    """f(acc, 0, a0, a1, a2, a3, b): acc[64 x n] += A B. A[64 x 16] in registers as mma.m16n8k16 has it, a warp's 16 rows; b: descriptor of
-    B[16 x n] in shared memory, N-major (n contiguous)."""
+def wgmma_registers(dtype: str, n: int, k_major: bool) -> Callable:
+    """f(acc, 0, a0, a1, a2, a3, b, add): acc[64 x n] = A B (+ acc where add is not 0). A[64 x 16] in registers as mma.m16n8k16 has it, a
+    warp's 16 rows; b: descriptor of B[16 x n] in shared memory, K-major as in wgmma_shared, or else N-major (n contiguous)."""
     registers = ", ".join(f"${i}" for i in range(n // 2))
-    kind = _WGMMA_DTYPE[dtype]
-    return ptx_accumulate(f"wgmma_registers_{kind}_{n}", f"{{ .reg .pred p; setp.ne.b32 p, 1, 0; "
+    kind, transposed = _WGMMA_DTYPE[dtype], 0 if k_major else 1
+    return ptx_accumulate(f"wgmma_registers_{kind}_{n}_{transposed}", f"{{ .reg .pred p; setp.ne.b32 p, ${n + 5}, 0; "
                           f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{registers}}}, "
-                          f"{{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, ${n + 4}, p, 1, 1, 1; }}", n // 2, "rrrrl")
+                          f"{{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, ${n + 4}, p, 1, 1, {transposed}; }}", n // 2, "rrrrlr")
 
 
 class _ByValue(ArgumentAttributes):
