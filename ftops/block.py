@@ -25,6 +25,20 @@ Freqs = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Where a decode step keeps keys and values, instead of Attend: k, v [B,S,Hkv,D] at fixed addresses.
+
+    places[B,T] int32: the slots of the T new tokens. lengths[B] int32: how many are filled then. bias as in `ops.decode_attention`.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    places: torch.Tensor
+    lengths: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """What a block computes, sizes of its weights apart. `scale` and `window` (tokens to the left) are for whoever attends."""
 
@@ -81,7 +95,8 @@ class Block:
     spec: BlockSpec
     weights: BlockWeights
 
-    def __call__(self, x: torch.Tensor, attend: Attend, positions: torch.Tensor | None = None, freqs: Freqs | None = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, attend: Attend | Slots, positions: torch.Tensor | None = None,
+                 freqs: Freqs | None = None) -> torch.Tensor:
         """The layer's output [B,S,N] for x[B,S,N]; positions[B,S] and freqs as in `ops.rotary`. float32, float16 or bfloat16."""
         w = self.weights
         if self.spec.order == "post":
@@ -99,16 +114,37 @@ class Block:
             return ops.rms_norm(x, norm.weight, self.spec.eps, residual=residual)
         return ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps, residual=residual)
 
-    def _attention(self, x: torch.Tensor, attend: Attend, positions: torch.Tensor | None, freqs: Freqs | None) -> torch.Tensor:
+    def _attention(self, x: torch.Tensor, attend: Attend | Slots, positions: torch.Tensor | None, freqs: Freqs | None) -> torch.Tensor:
         spec, w = self.spec, self.weights
         # Not unflatten and Tensor.split, which are Python around the same two calls.
         heads = w.qkv(x).view(*x.shape[:-1], -1, spec.head_dim)
         q, k, v = torch.split_with_sizes(heads, (spec.heads, spec.kv_heads, spec.kv_heads), -2)
+        if isinstance(attend, Slots):
+            return w.out(self._decode(q, k, v, attend, positions, freqs).flatten(-2))
+        q, k = self._rotated(q, k, positions, freqs)
+        return w.out(attend(q, k, v).flatten(-2))
+
+    def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: Slots, positions: torch.Tensor | None,
+                freqs: Freqs | None) -> torch.Tensor:
+        """Attention of new tokens over all that is kept: norms, rotary and what is kept of k and v are one kernel."""
+        spec, w = self.spec, self.weights
+        if spec.rotary is not None and (w.q_norm is None or spec.norm == "rms"):
+            q_norm, k_norm = (None if norm is None else norm.weight for norm in (w.q_norm, w.k_norm))
+            q = ops.rotary_append(q, k, v, slots.k, slots.v, slots.places, freqs, rotary_positions=positions, q_norm=q_norm, k_norm=k_norm,
+                                  eps=spec.eps, interleaved=spec.rotary == "interleaved", rotary_dim=spec.rotary_dim)
+        else:
+            q, k = self._rotated(q, k, positions, freqs)
+            ops.append_kv(k, v, slots.k, slots.v, slots.places)
+        return ops.decode_attention(q, slots.k, slots.v, slots.lengths, scale=spec.scale, window=spec.window, bias=slots.bias)
+
+    def _rotated(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None,
+                 freqs: Freqs | None) -> tuple[torch.Tensor, torch.Tensor]:
+        spec, w = self.spec, self.weights
         if w.q_norm is not None:
             q, k = self._norm(w.q_norm, q), self._norm(w.k_norm, k)
         if spec.rotary is not None:
             q, k = ops.rotary(q, k, positions, freqs, interleaved=spec.rotary == "interleaved", rotary_dim=spec.rotary_dim)
-        return w.out(attend(q, k, v).flatten(-2))
+        return q, k
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         spec, w = self.spec, self.weights

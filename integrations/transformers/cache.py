@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from ftops import ops
-from ftops.block import BlockSpec
+from ftops.block import BlockSpec, Slots
 from ftops.ops.decode_attention import MAX_NEW_TOKENS
 
 
@@ -23,6 +23,51 @@ def unfit_cache(cache: object, index: int) -> str | None:
     if index < len(cache.layers) and not isinstance(cache.layers[index], (DynamicLayer, StaticLayer)):
         return f"cache layer {type(cache.layers[index]).__name__}"
     return None
+
+
+class FixedLayer(StaticLayer):
+    """A static layer for a captured step: its memory outlives a prompt, and one step counts for all layers.
+
+    A prompt is stored as by a StaticLayer. Then `stepping` begins: the T new tokens of a step go to places[B,T], lengths[B] being filled
+    with them, both int32 and set by whoever runs the step; a fused layer writes and reads there by itself.
+    """
+
+    def __init__(self, max_cache_len: int, places: torch.Tensor, lengths: torch.Tensor) -> None:
+        super().__init__(max_cache_len)
+        self.places, self.lengths, self.stepping = places, lengths, False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self.keys is None:
+            super().lazy_initialization(key_states, value_states)
+        self.is_initialized = True
+
+    def rewind(self) -> None:
+        """Forgets what is there. A layer that counts as new lets a prompt attend to itself alone, without the rest of the buffer."""
+        self.is_initialized = self.stepping = False
+        self.cumulative_length.zero_()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object,
+               **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.stepping:
+            return super().update(key_states, value_states, *args, **kwargs)
+        new, kept = ((keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in (
+            (key_states, value_states), (self.keys, self.values)))
+        ops.append_kv(*new, *kept, self.places)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> torch.Tensor | int:
+        return self.places[0, 0] if self.stepping else super().get_seq_length()
+
+
+def slots(cache: Cache | None, index: int, x: torch.Tensor, mask: torch.Tensor | None) -> Slots | None:
+    """Where a step of x[B,T,N] over `cache` keeps layer `index`, if that is a FixedLayer; None for every other call."""
+    if cache is None or index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    if not isinstance(layer, FixedLayer) or not layer.stepping or not is_rows(mask):
+        return None
+    bias = None if mask is None else additive(mask, x.dtype)
+    return Slots(layer.keys.transpose(1, 2), layer.values.transpose(1, 2), layer.places, layer.lengths, bias)
 
 
 def attend(spec: BlockSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache | None, index: int,

@@ -8,27 +8,13 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import StaticLayer
 
 from ftops.generation import Session
+from ftops.integrations.transformers.cache import FixedLayer
 from ftops.integrations.transformers.layer import FusedLayer
 
 _SESSIONS: weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[tuple, Session]]] = weakref.WeakKeyDictionary()
 STEP = 256  # tokens by which a cache is longer or shorter than another
-
-
-class Slots(StaticLayer):
-    """Keys and values of one layer, in memory that the next prompt uses again: a captured graph knows where it lies."""
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        if self.keys is None:
-            super().lazy_initialization(key_states, value_states)
-        self.is_initialized = True
-
-    def rewind(self) -> None:
-        """Forgets what is there. A layer that counts as new lets a prompt attend to itself alone, without the rest of the buffer."""
-        self.is_initialized = False
-        self.cumulative_length.zero_()
 
 
 class CausalDecoder:
@@ -37,13 +23,17 @@ class CausalDecoder:
     def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
         self._model, config = weakref.ref(model), model.config.get_text_config(decoder=True)
         self.device, self.words, self.config = model.device, config.vocab_size, config
-        self.capturable = model.device.type == "cuda" and not any(map(_watched, model.modules()))
+        self._fixed = fixed(model)
+        self.capturable = self._fixed and model.device.type == "cuda"
         with torch.inference_mode(False):
             self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
             self._mask = torch.ones((batch, capacity), dtype=torch.int64, device=model.device)
             self._rows = torch.zeros((batch, 1, 1, capacity), dtype=model.dtype, device=model.device)
-        self._padded, self._length = False, 0
-        self._cache = Cache(layers=[Slots(capacity) for _ in range(config.num_hidden_layers)]) if self.capturable else None
+            self._places = torch.zeros((batch, 1), dtype=torch.int32, device=model.device)
+            self._lengths = torch.zeros(batch, dtype=torch.int32, device=model.device)
+        self._padded, self._length, self._cache = False, 0, None
+        if self._fixed:
+            self._cache = Cache(layers=[FixedLayer(capacity, self._places, self._lengths) for _ in range(config.num_hidden_layers)])
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
         self._padded, self._length = mask is not None and not bool(mask.all()), ids.shape[1]
@@ -56,16 +46,23 @@ class CausalDecoder:
             self._mask[:, : self._length] = mask
             self._mask[:, self._length :] = 1
             self._rows.zero_().masked_fill_(self._mask[:, None, None] == 0, float("-inf"))
-        if self.capturable:
+        if self._fixed:
             for layer in self._cache.layers:
                 layer.rewind()
         else:
             self._cache = DynamicCache(config=self.config)
-        return self._run(ids, mask if self._padded else None, positions, logits_to_keep=1)
+        logits = self._run(ids, mask if self._padded else None, positions, logits_to_keep=1)
+        if self._fixed:
+            self._lengths.fill_(self._length)
+            for layer in self._cache.layers:
+                layer.stepping = True
+        return logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         self._length += 1
-        mask = self._rows if self.capturable else self._mask[:, : self._length]
+        self._places.copy_(self._lengths[:, None])
+        self._lengths.add_(1)
+        mask = self._rows if self._fixed else self._mask[:, : self._length]
         logits = self._run(tokens, mask if self._padded else None, self._positions)
         self._positions.add_(1)
         return logits
@@ -76,6 +73,11 @@ class CausalDecoder:
     def _run(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, **options: Any) -> torch.Tensor:
         return self._model()(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
                              **options).logits[:, -1]
+
+
+def fixed(model: PreTrainedModel) -> bool:
+    """Whether its cache stays where it is, as a graph needs it. On a CPU one that grows is attended to as a whole, which is faster."""
+    return model.device.type == "cuda" and not any(map(_watched, model.modules()))
 
 
 def _watched(module: torch.nn.Module) -> bool:

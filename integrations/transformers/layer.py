@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ftops.block import Block, BlockSpec
 from ftops.integrations.transformers.arch import Arch, Unfit, follow
 from ftops.integrations.transformers.attention import INSTEAD, ROWS, SILENT, register, weights_requested
-from ftops.integrations.transformers.cache import attend, causal_bias, is_rows, unfit_cache
+from ftops.integrations.transformers.cache import attend, causal_bias, is_rows, slots, unfit_cache
 from ftops.integrations.transformers.packing import packing, run_packed
 from ftops.integrations.transformers.swap import (
     Swapped,
@@ -140,7 +140,8 @@ class FusedLayer(Swapped):
             out = run_packed(state.block, given["hidden_states"], packed)
             return (out, None) if state.arch.returns_tuple else out
         positions, freqs = state.arch.rotation(self, given)
-        out = state.block(given["hidden_states"], lambda q, k, v: attend(spec, q, k, v, cache, index, mask), positions, freqs)
+        kept = slots(cache, index, given["hidden_states"], mask) or (lambda q, k, v: attend(spec, q, k, v, cache, index, mask))
+        out = state.block(given["hidden_states"], kept, positions, freqs)
         return (out, None) if state.arch.returns_tuple else out
 
     def _unfit(self, given: dict[str, Any]) -> str | None:

@@ -66,6 +66,28 @@ def test_greedy(family, padding, device, dtype, loops):
     assert ftops.report(model).fallbacks == 0
 
 
+@IN_FLOAT32
+@pytest.mark.parametrize("padding", [None, "left", "holes"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_cache_that_stays_where_it_is(family, padding, device, dtype, monkeypatch):
+    """What a graph is captured over, here step by step: a prompt, steps past every window, and another prompt after it."""
+    monkeypatch.setattr(decoder, "fixed", lambda model: True)
+    monkeypatch.setattr(decoder.CausalDecoder, "capturable", property(lambda self: False, lambda self, value: None), raising=False)
+    model = same(family, device, dtype, padding=padding)
+    assert run(model, padding=padding, batch=3, max_new_tokens=5) == run(tiny(family, device, dtype), padding=padding, max_new_tokens=5)
+    assert ftops.report(model).fallbacks == 0
+
+
+@IN_FLOAT32
+def test_a_layer_that_falls_back_in_a_step(device, dtype, monkeypatch):
+    """The original layer stores and finds its keys where the fused ones do."""
+    monkeypatch.setattr(decoder, "fixed", lambda model: True)
+    model, theirs = ftops.patch(tiny("llama", device, dtype)), run(tiny("llama", device, dtype))
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert run(model) == theirs
+    assert ftops.report(model).fallbacks >= 20
+
+
 def eos(family: str) -> list[int]:
     """Tokens that the rows of the batch say at different times."""
     rows = run(tiny(family))
