@@ -1,4 +1,4 @@
-"""Attention, whole prompts and single tokens, against PyTorch's own kernels: SDPA by FlashAttention-2 and by cuDNN."""
+"""Attention, whole prompts and single tokens, against PyTorch's own kernels: SDPA by FlashAttention-2 and by cuDNN, and FlexAttention."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -57,6 +57,24 @@ def peers(**options: Any) -> dict[str, Run]:
     return {name: sdpa(backend, **options) for name, backend in BACKENDS.items()}
 
 
+def flex(causal: bool = False) -> dict[str, Run]:
+    """torch's FlexAttention, compiled for the very shapes; the mask is made once."""
+    if small_sizes():
+        return {}
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+    fused = torch.compile(flex_attention, dynamic=False)
+    masks: dict[int, BlockMask] = {}
+
+    def run(i: SimpleNamespace) -> torch.Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (i.q, i.k, i.v))
+        length = q.shape[2]
+        if causal and length not in masks:
+            masks[length] = create_block_mask(lambda b, h, row, column: row >= column, None, None, length, length, device=q.device)
+        return fused(q, k, v, block_mask=masks.get(length), enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+    return {"FlexAttention": run}
+
+
 def prefill(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, causal: bool) -> Problem:
     def make(device: torch.device) -> SimpleNamespace:
         return SimpleNamespace(q=randn(batch, length, heads, head_dim, device=device),
@@ -69,7 +87,7 @@ def prefill(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, c
 
     pairs = batch * heads * length * length / (2 if causal else 1)
     return Problem("attention", f"{batch},{heads},{kv_heads},{length},{head_dim} {'causal' if causal else 'full'}", make,
-                   {OURS: lambda i: ops.attention(i.q, i.k, i.v, causal=causal), **peers(is_causal=causal)}, expected,
+                   {OURS: lambda i: ops.attention(i.q, i.k, i.v, causal=causal), **peers(is_causal=causal), **flex(causal)}, expected,
                    lambda out, i: out[:1, -ROWS:], 2 * 2 * batch * length * (heads + kv_heads) * head_dim, 4 * pairs * head_dim)
 
 
@@ -98,8 +116,10 @@ def decode(batch: int, heads: int, kv_heads: int, context: int, head_dim: int, p
 
     name = f"{batch},{heads},{kv_heads},{context},{head_dim}" + (f" page {page_size}" if page_size else "")
     name += {INT8: " int8", FP8: " fp8"}.get(dtype, "")
+    plain = page_size is None and dtype is BF16
     return Problem("decode_attention", name, make,
-                   {OURS: lambda i: ops.decode_attention(i.q, *i.caches, i.lengths, **i.options), **peers()}, expected,
+                   {OURS: lambda i: ops.decode_attention(i.q, *i.caches, i.lengths, **i.options), **peers(), **(flex() if plain else {})},
+                   expected,
                    lambda out, i: out[:1], 2 * batch * context * kv_heads * head_dim * dtype.itemsize + 4 * batch * heads * head_dim)
 
 
