@@ -18,6 +18,7 @@ KERNELS = (
     "layer_norm",
     "linear",
     "linear_w4a16",
+    "quantise_rows",
     "rms_norm",
     "rotary",
     "rotary_append",

@@ -17,6 +17,7 @@ OPS = (
     "linear",
     "linear_w4a16",
     "linear_w8a16",
+    "linear_fp8",
     "append_kv",
     "rotary_append",
     "attention",

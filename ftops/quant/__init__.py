@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from ftops.quant import int4, int8
+from ftops.quant import fp8, int4, int8
 from ftops.quant.weight import QuantizedWeight
 
 FORMATS: dict[str, ModuleType] = {
     "int4": int4,
     "int8": int8,
+    "fp8": fp8,
 }
 
 __all__ = ["FORMATS", "QuantizedWeight"]

@@ -19,6 +19,7 @@ from ftops.numba_kernels import (
     layer_norm,
     linear,
     linear_w4a16,
+    quantise_rows,
     rms_norm,
     rotary,
     rotary_append,
@@ -62,6 +63,8 @@ def picked(name: str) -> Iterator[Spec]:
         yield from (sample.spec(sample.pick(dtype, vec)) for dtype, _, vec in rows())
     elif name == "dequantise":
         yield from (dequantise.spec(dequantise.Config(dtype)) for dtype in HALVES)
+    elif name == "quantise_rows":
+        yield from (quantise_rows.spec(quantise_rows.Config(dtype, narrow)) for dtype in HALVES for narrow in quantise_rows.LARGEST)
     elif name == "linear_w4a16":
         yield from (linear_w4a16.spec(linear_w4a16.pick(dtype, rows, size)) for dtype in HALVES for rows in range(1, 100)
                     for size in (32, 64, 128))

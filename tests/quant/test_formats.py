@@ -5,20 +5,25 @@ import pytest
 import torch
 
 from ftops.packing import pack_4bit, unpack_4bit
-from ftops.quant import FORMATS, int4
+from ftops.quant import FORMATS, fp8, int4
 from tests.accuracy import assert_accurate
 from tests.ops.calls import DTYPE_IDS
 
-STEPS = {"int4": 7.5, "int8": 127}
-BITS = {"int4": 4.125, "int8": 8 + 32 / 4096}
+BITS = {"int4": 4.125, "int8": 8 + 32 / 4096, "fp8": 8 + 32 / 4096}
 
 
 def weight(N=96, K=512, dtype=torch.float32):
     return (torch.randn(N, K) * torch.rand(N, 1)).to(dtype)
 
 
-def groups_of(weight, name, size):
-    return weight.double().view(len(weight), -1, weight.shape[1] if name == "int8" else size)
+def half_a_step(name, weight):
+    """How far the nearest value of the format may be, and two roundings of the scale and of the result."""
+    wide = weight.double()
+    rows = wide.abs().amax(-1, keepdim=True)
+    if name == "int4":
+        rows = wide.view(len(wide), -1, 128).abs().amax(-1).repeat_interleave(128, 1)
+    step = {"int4": rows / 7.5, "int8": rows / 127, "fp8": torch.maximum(wide.abs() / 8, rows / 448 / 2 ** 9)}[name]
+    return step / 2 + 2 * torch.finfo(weight.dtype).eps * rows
 
 
 @pytest.mark.parametrize("dtype", **DTYPE_IDS)
@@ -27,10 +32,7 @@ def test_no_value_moves_by_more_than_half_a_step(name, dtype):
     w = weight(dtype=dtype)
     back = FORMATS[name].dequantize(FORMATS[name].quantize(w))
     assert back.dtype is dtype
-    groups = groups_of(w, name, 128)
-    step = groups.abs().amax(-1, keepdim=True) / STEPS[name]
-    rounding = 2 * torch.finfo(dtype).eps  # of the scale and of the result
-    assert ((groups - groups_of(back, name, 128)).abs() <= step / 2 + rounding * groups.abs().amax(-1, keepdim=True)).all()
+    assert ((back.double() - w.double()).abs() <= half_a_step(name, w)).all()
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -49,10 +51,17 @@ def test_smaller_groups_lose_less():
     assert errors[0] > errors[1] > errors[2]
 
 
+def test_fp8_with_one_scale_for_all():
+    w = weight()
+    qw = fp8.quantize(w, per_tensor=True)
+    assert (qw.tensors["scales"] == w.abs().max() / 448).all()
+    assert ((fp8.dequantize(qw) - w).abs() <= torch.maximum(w.abs() / 16, w.abs().max() / 448 / 2 ** 10) * 1.0001).all()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_on_the_grid_comes_back_bit_for_bit(name):
     once = FORMATS[name].dequantize(FORMATS[name].quantize(weight(dtype=torch.bfloat16)))
-    if name == "int8":
+    if name != "int4":
         assert torch.equal(FORMATS[name].dequantize(FORMATS[name].quantize(once)), once)
     assert once.isfinite().all()
 
@@ -143,6 +152,7 @@ WRONG = [
     ("int4", lambda f: f.quantize(torch.full((4, 4), float("nan"))), ["int4: weight is not finite", "finite values"]),
     ("int4", lambda f: f.dequantize(FORMATS["int8"].quantize(weight())), ["int4: qw.format is 'int8'", "FORMATS"]),
     ("int8", lambda f: f.linear(torch.zeros(2, 512), FORMATS["int4"].quantize(weight())), ["int8: qw.format is 'int4'"]),
+    ("fp8", lambda f: f.quantize(weight(), 128), ["fp8: group_size is 128", "None"]),
     ("int4", lambda f: f.shard(f.quantize(weight()), 1, 0, 8), ["int4: shape is (96, 512)", "multiple of 128", "512 / 8"]),
     ("int4", lambda f: f.shard(f.quantize(weight()), 0, 0, 2), ["int4: shape is (96, 512)", "multiple of 32", "96 / 2"]),
     ("int8", lambda f: f.shard(f.quantize(weight()), 1, 0, 3), ["int8: shape is (96, 512)", "multiple of 16", "512 / 3"]),

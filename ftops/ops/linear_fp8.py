@@ -1,0 +1,114 @@
+"""A linear layer with weights in float8 e4m3: y = act(x W^T + bias) + residual, W = values * scale, one scale a row.
+
+The values lie as W does, row by row. On a GPU few rows of x, as they are, meet them in one kernel at memory speed. For more, x is rounded
+to e4m3 as well, one scale a row, and the library multiplies in eight bits (compute capability 8.9 and up, features a multiple of 16);
+elsewhere W is written out in x's dtype.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
+from ftops.ops.bias_activation import bias_activation
+from ftops.ops.linear import check_beside_weight, library
+from ftops.ops.linear import reference as linear_reference
+from ftops.packing import described
+from ftops.samples import randn
+
+MAX_ROWS = 64  # of x that the kernel is for
+FP8 = torch.float8_e4m3fn
+
+
+def dequantise(values: torch.Tensor, scales: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """values * scale [N, columns], rounded once to `dtype`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (values[:, :columns].to(wide) * scales.unsqueeze(-1)).to(dtype)
+
+
+def reference(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
+              residual: torch.Tensor | None) -> torch.Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return linear_reference(x, dequantise(values, scales, x.shape[-1], wide), bias, activation, residual).to(x.dtype)
+
+
+def _library(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return library(x, dequantise(values, scales, x.shape[-1], x.dtype), *rest)
+
+
+def _cuda() -> Callable[..., Any]:
+    from ftops.numba_kernels.launch import capability
+    from ftops.numba_kernels.linear import launch, serves
+    from ftops.numba_kernels.quantise_rows import launch as quantise
+
+    def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
+               residual: torch.Tensor | None) -> torch.Tensor:
+        if serves(x, values, MAX_ROWS):
+            return launch(x, values, scales, bias, activation, residual)
+        N, width = values.shape
+        if x.dtype is torch.float32 or not x.numel() or (N | width) % 16 or not values.is_contiguous() or capability(x.device.index) < (8, 9):
+            return _library(x, values, scales, bias, activation, residual)
+        x8, x_scales = quantise(x, FP8, None)
+        y = torch._scaled_mm(x8, values.t(), scale_a=x_scales.unsqueeze(1), scale_b=scales.unsqueeze(0), out_dtype=torch.bfloat16)
+        y = y.to(x.dtype).view(*x.shape[:-1], N)
+        if activation is not None:
+            y = bias_activation(y, bias, activation)
+        elif bias is not None:
+            y += bias
+        return y if residual is None else y + residual
+    return linear
+
+
+def _fake(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
+          residual: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device)
+
+
+LINEAR_FP8 = register("linear_fp8(Tensor x, Tensor values, Tensor scales, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
+                      cpu=_library, cuda=_cuda, fake=_fake)
+_linear_fp8 = straight(LINEAR_FP8)
+
+
+def linear_fp8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None, *,
+               activation: str | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """act(x W^T + bias) + residual for x[..., K] and W = values[N, K] * scales[N]; the result [..., N] is contiguous.
+
+    values: float8_e4m3fn without NaN; scales: float32; x, bias and residual of one dtype (float32, float16, bfloat16; sums in float32).
+    values may have more columns than x, to the next multiple of 16, which are zeros. More than 64 rows of x are rounded to e4m3 on
+    GPUs that multiply it. Raises ValueError.
+    """
+    check_tensors("linear_fp8", x=x, bias=bias, residual=residual)
+    check_beside("linear_fp8", x.device, values=values, scales=scales)
+    if values.dtype is not FP8 or values.dim() != 2:
+        raise invalid("linear_fp8", "values", described(values), "float8_e4m3fn [N, K]")
+    N, width = values.shape
+    if scales.dtype is not torch.float32 or scales.shape != (N,) or not scales.is_contiguous():
+        raise invalid("linear_fp8", "scales", described(scales), f"contiguous float32 ({N},)")
+    K = x.shape[-1] if x.dim() else 0
+    check_beside_weight("linear_fp8", x, N, K if 0 <= width - K < 16 else width, bias, activation, residual)
+    return _linear_fp8(x, values, scales, bias, activation, residual)
+
+
+def cases() -> Iterator[Case]:
+    def case(name: str, shape: tuple[int, ...], N: int, bias: bool = False, activation: str | None = None,
+             residual: bool = False) -> Case:
+        def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            K = shape[-1]
+            values = torch.nn.functional.pad(torch.randn(N, K) * 100, (0, -K % 16)).clamp(-448, 448).to(FP8)
+            scales = (torch.rand(N) + 0.5) / (100 * K ** 0.5)
+            return (randn(shape, device, dtype), values.to(device), scales.to(device), randn((N,), device, dtype) if bias else None), {
+                "activation": activation, "residual": randn((*shape[:-1], N), device, dtype) if residual else None}
+        return Case(name, make)
+
+    yield case("row", (1, 1, 4096), 96)
+    yield case("batch", (8, 1, 1024), 256, bias=True)
+    yield case("everything", (3, 5, 768), 70, bias=True, activation="gelu", residual=True)
+    yield case("two_batches", (40, 256), 64, activation="silu")
+    yield case("many", (70, 256), 96, bias=True, residual=True)
+    yield case("many_odd", (5, 20, 200), 33, bias=True, activation="relu")
+    yield case("k_ends", (9, 1000), 33)
+    yield case("odd", (2, 111), 7, bias=True)
+    yield case("vector", (256,), 48, activation="relu")
+    yield case("empty", (0, 64), 8, bias=True)
