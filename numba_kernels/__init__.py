@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from ftops.numba_kernels.compile import Spec
 
 KERNELS = (
-    "append_kv",
     "attention",
     "bias_activation",
     "decode_attention",

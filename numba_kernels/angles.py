@@ -84,15 +84,15 @@ def make_table(dtype: str, vec: int) -> Callable:
     return table
 
 
-def table_layout(cos: torch.Tensor, sin: torch.Tensor | None, vec: int) -> tuple[int, int, int, int, int]:
+def table_layout(cos: torch.Tensor, addresses: int, vec: int) -> tuple[int, int, int, int, int]:
     """(layout, bytes between the values of an angle, between batch rows, tokens, positions) of inv_freq, of tables [P, R/2], or of one row
-    a token, [B or 1, S, R/2]. vec: elements of q an access."""
-    width, step = cos.element_size(), cos.stride(-1) * cos.element_size()
+    a token, [B or 1, S, R/2]. addresses: those of cos and sin joined by `|`; vec: elements of q an access."""
+    strides, width = cos.stride(), cos.element_size()
     batch = token = position = 0
-    if cos.dim() == 3:
-        batch, token = 0 if cos.shape[0] == 1 else cos.stride(0) * width, cos.stride(1) * width
-    elif cos.dim() == 2:
-        position = cos.stride(0) * width
-    addresses = cos.data_ptr() | (0 if sin is None else sin.data_ptr())
+    if len(strides) == 3:
+        batch, token = 0 if cos.shape[0] == 1 else strides[0] * width, strides[1] * width
+    elif len(strides) == 2:
+        position = strides[0] * width
+    step = strides[-1] * width
     wide = vec > 1 and step == width and (addresses | batch | token | position) % 16 == 0
     return (WIDE if wide else STEP) + (cos.dtype is torch.float32), step, batch, token, position

@@ -148,7 +148,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, cos
     if positions is not None:
         position_at, size = positions.data_ptr(), positions.element_size()
         position_batch, position_token = positions.stride(0) * size, positions.stride(1) * size
-    layout, step, table_batch, table_token, table_position = table_layout(cos, sin, vec)
+    layout, step, table_batch, table_token, table_position = table_layout(cos, cos_at | sin_at, vec)
     units = half // vec + -(-(head_dim - rotary_dim) // (2 * vec))
     kernel, heads_each = _kernel(q.dtype, vec, interleaved, q.device.index)
     groups = -(-(heads + kv_heads) // heads_each)

@@ -276,7 +276,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Ten
            k_norm: torch.Tensor | None, eps: float, norm_offset: float, interleaved: bool, rotary_dim: int,
            page_table: torch.Tensor | None, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> torch.Tensor:
     out = empty_like(q)
-    _launch(q if q.stride(3) == 1 else q.contiguous(), out, k, v, k_cache, v_cache, positions, rotary_positions, cos, sin, q_norm, k_norm,
+    _launch(q, out, k, v, k_cache, v_cache, positions, rotary_positions, cos, sin, q_norm, k_norm,
             eps, norm_offset, interleaved, rotary_dim, page_table, k_scale, v_scale)
     return out
 
@@ -291,14 +291,19 @@ def _launch(q: torch.Tensor | None, out: torch.Tensor | None, k: torch.Tensor, v
     tokens, item, half = batch * new, k.element_size(), rotary_dim // 2
     if tokens * head_dim == 0 or (q is None and pages * page_size == 0):
         return
-    if k.stride(3) != 1 or v.stride(3) != 1:
-        k, v = k.contiguous(), v.contiguous()
     k_strides, v_strides, k_places, v_places = k.stride(), v.stride(), k_cache.stride(), v_cache.stride()
+    if k_strides[3] != 1 or v_strides[3] != 1:
+        k, v = k.contiguous(), v.contiguous()
+        k_strides, v_strides = k.stride(), v.stride()
     k_at, v_at, k_cache_at, v_cache_at = k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
     heads = q_at = out_at = 0
     q_strides = (0, 0, 0, 1)
     if q is not None:
-        heads, q_strides, q_at, out_at = q.shape[2], q.stride(), q.data_ptr(), out.data_ptr()
+        heads, q_strides, out_at = q.shape[2], q.stride(), out.data_ptr()
+        if q_strides[3] != 1:
+            q = q.contiguous()
+            q_strides = q.stride()
+        q_at = q.data_ptr()
     q_norm_at = k_norm_at = 0
     if q_norm is not None:
         q_norm = q_norm.contiguous()
@@ -318,8 +323,8 @@ def _launch(q: torch.Tensor | None, out: torch.Tensor | None, k: torch.Tensor, v
 
     unit = 16 // item  # elements; as many in the cache are an access there
     steps = head_dim | half | (0 if k_places[3] == v_places[3] == 1 else 1)
-    for strides in (q_strides, k_strides, v_strides, k_places, v_places):
-        steps |= strides[0] | strides[1] | strides[2]
+    for first, second, third, _ in (q_strides, k_strides, v_strides, k_places, v_places):
+        steps |= first | second | third
     wide = not (steps % unit or (q_at | k_at | v_at | q_norm_at | k_norm_at) & 15
                 or (k_cache_at | v_cache_at) % (unit * k_cache.element_size()))
     vec = unit if wide else 1
@@ -331,10 +336,10 @@ def _launch(q: torch.Tensor | None, out: torch.Tensor | None, k: torch.Tensor, v
                 cos, sin = cos.contiguous(), sin.contiguous()
             sin_at, table_rows = sin.data_ptr(), cos.shape[0]
         cos_at = cos.data_ptr()
-        layout, step, batch_step, token_step, position_step = table_layout(cos, sin, vec)
+        layout, step, batch_step, token_step, position_step = table_layout(cos, cos_at | sin_at, vec)
         if rotary_positions is not None:
-            width = rotary_positions.element_size()
-            angles_at, angles_batch, angles_token = rotary_positions.data_ptr(), *(width * stride for stride in rotary_positions.stride())
+            angles_at, width, (angles_batch, angles_token) = rotary_positions.data_ptr(), rotary_positions.element_size(), rotary_positions.stride()
+            angles_batch, angles_token = width * angles_batch, width * angles_token
 
     units = -(-head_dim // (2 * vec))
     shift = min(5, (units - 1).bit_length())

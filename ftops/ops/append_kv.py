@@ -40,9 +40,12 @@ def reference(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: 
     v_cache[rows[keep], slots[keep]] = to_cache(v[keep], v_cache.dtype, v_scale)
 
 
+KERNEL = "rotary_append"
+
+
 def _cuda() -> Callable[..., Any]:
-    from ftops.numba_kernels.append_kv import launch
-    return launch
+    from ftops.numba_kernels.rotary_append import append
+    return append
 
 
 APPEND_KV = register(

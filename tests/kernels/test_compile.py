@@ -55,7 +55,7 @@ def machine_code(made: Cubin) -> bytes:
                 if made.code[names + name :].startswith(b".text."))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "gated_activation", "append_kv"])
+@pytest.mark.parametrize("name", ["rms_norm", "gated_activation", "rotary_append"])
 def test_code_for_several_architectures_is_the_code_for_each(name):
     spec = next(variants_of(name))
     together = list(compile_spec(spec, ARCHITECTURES))

@@ -5,11 +5,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from ftops.numba_kernels import (
     KERNELS,
-    append_kv,
     attention_plain,
     bias_activation,
     decode_mma,
@@ -29,7 +27,6 @@ from ftops.numba_kernels import (
 )
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.rows import ITEM, widest
-from ftops.op import DTYPES
 
 LENGTHS = sorted({*range(1, 300), *(base * factor + more for base in (128, 768, 1000, 1024, 5120) for factor in (1, 2, 3, 4, 8, 16, 33)
                                     for more in (-1, 0, 1)), 2**17, 2**20 + 8, 2**31, 2**31 + 1})
@@ -68,9 +65,6 @@ def picked(name: str) -> Iterator[Spec]:
     elif name == "linear_w4a16":
         yield from (linear_w4a16.spec(linear_w4a16.pick(dtype, rows, size)) for dtype in HALVES for rows in range(1, 100)
                     for size in (32, 64, 128))
-    elif name == "append_kv":
-        yield from (append_kv.spec(append_kv.pick(dtype, cache, wide)) for dtype in DTYPES
-                    for cache in (dtype, torch.int8, torch.float8_e4m3fn) for wide in (False, True))
     elif name == "attention":
         yield from (attention_plain.spec(attention_plain.pick(dim)) for dim in range(1, 257))
         for module in {sys.modules[spec.make.__module__] for spec in variants_of(name)} - {attention_plain}:
@@ -90,7 +84,7 @@ def test_every_problem_has_a_listed_variant(name):
 
 
 @pytest.mark.parametrize("name", [
-    "rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "rotary_append", "append_kv", "linear", "linear_w4a16",
+    "rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "rotary_append", "linear", "linear_w4a16",
     "sample"])
 def test_every_listed_variant_is_for_some_problem(name):
     """A variant that is never asked for costs compile time on every machine."""
