@@ -21,7 +21,7 @@ NAMES = DTYPE_NAME | NARROW_NAME
 MAX_SPLITS = 512
 # Measured on an H200. A multiprocessor's share of the bandwidth in bytes a us; in us, what a warp takes for 16 keys that are there already,
 # the start and end of a block, the combining kernel, and each split in it.
-SHARE, TILE_US, BLOCK_US, COMBINE_US, SPLIT_US = 34e3, 0.5, 1.0, 1.3, 0.03
+SHARE, TILE_US, BLOCK_US, COMBINE_US, SPLIT_US = 34e3, 0.5, 1.0, 1.0, 0.022
 
 
 def variants() -> Iterator[Spec]:
@@ -69,14 +69,16 @@ def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pair
         config = decode_mma.pick(NAMES[dtype], "16-bit" if cache is dtype else NAMES[cache], head_dim, rows)
         row_tiles, tile, row_bytes = -(-rows // config.rows), decode_mma.KEYS * config.warps, config.row_bytes
         processor_bytes = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-        resident = max(1, processor_bytes // (config.shared()[-1] + 1024))
+        resident = max(1, min(config.resident, processor_bytes // (config.shared()[-1] + 1024)))
     else:
         row_tiles, tile, row_bytes, resident = rows, decode_plain.KEYS * decode_plain.WARPS, head_dim * cache.itemsize, 4
     tiles, fixed = -(-keys // tile), -(-fixed_split // tile)
     if fixed:
         splits, places = -(-tiles // fixed), resident
     else:
-        splits, places = pick_splits(pairs * row_tiles, tiles, 2 * tile * row_bytes, multiprocessors(device), resident)
+        # Row tiles read the same keys side by side, all but the first from L2, which is not faster without end.
+        tile_bytes = 2 * tile * row_bytes // min(row_tiles, 2)
+        splits, places = pick_splits(pairs * row_tiles, tiles, tile_bytes, multiprocessors(device), resident)
     if fits:
         spec = decode_mma.spec(config, 0 if places >= resident else processor_bytes // places - 1024, dependent)
     else:

@@ -38,6 +38,11 @@ class Config:
     def q_in_registers(self) -> bool:
         return self.head_dim * self.rows <= 2560
 
+    @property
+    def resident(self) -> int:
+        """Blocks that the registers of a multiprocessor hold: 8 rows are compiled for three, of 16 each thread may take 255."""
+        return 3 if self.rows == 8 else 8 // self.warps
+
     def shared(self) -> tuple[int, int, int, int, int]:
         """Offsets of each warp's maxima and sums, valid-key bits, q, its factors, the end. The warps' outputs reuse the rings."""
         sums = self.warps * self.rows * 4 * (self.head_dim + 4)
