@@ -338,8 +338,8 @@ def _launch(q: torch.Tensor | None, out: torch.Tensor | None, k: torch.Tensor, v
         cos_at = cos.data_ptr()
         layout, step, batch_step, token_step, position_step = table_layout(cos, cos_at | sin_at, vec)
         if rotary_positions is not None:
-            angles_at, width, (angles_batch, angles_token) = rotary_positions.data_ptr(), rotary_positions.element_size(), rotary_positions.stride()
-            angles_batch, angles_token = width * angles_batch, width * angles_token
+            angles_at, width = rotary_positions.data_ptr(), rotary_positions.element_size()
+            angles_batch, angles_token = (width * stride for stride in rotary_positions.stride())
 
     units = -(-head_dim // (2 * vec))
     shift = min(5, (units - 1).bit_length())
