@@ -30,12 +30,16 @@ def library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ac
             residual: torch.Tensor | None) -> torch.Tensor:
     """By the library's matmul. With an activation its kernel adds the bias on a GPU; on a CPU the library does so in passing."""
     late = activation is not None and x.is_cuda
-    y = F.linear(x, weight, None if late else bias)
+    return followed(F.linear(x, weight, None if late else bias), bias if late else None, activation, residual).contiguous()
+
+
+def followed(y: torch.Tensor, bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
+    """A product and what follows it."""
     if activation is not None:
-        y = bias_activation(y, bias if late else None, activation)
-    if residual is not None:
-        y = y + residual
-    return y.contiguous()
+        y = bias_activation(y, bias, activation)
+    elif bias is not None:
+        y = y + bias
+    return y if residual is None else y + residual
 
 
 def _cuda() -> Callable[..., Any]:

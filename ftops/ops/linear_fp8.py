@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
-from ftops.ops.bias_activation import bias_activation
-from ftops.ops.linear import check_beside_weight, library
+from ftops.ops.linear import check_beside_weight, followed, library
 from ftops.ops.linear import reference as linear_reference
 from ftops.packing import described
 from ftops.samples import randn
@@ -48,16 +47,12 @@ def _cuda() -> Callable[..., Any]:
         if serves(x, values, MAX_ROWS):
             return launch(x, values, scales, bias, activation, residual)
         N, width = values.shape
-        if x.dtype is torch.float32 or not x.numel() or (N | width) % 16 or not values.is_contiguous() or capability(x.device.index) < (8, 9):
+        eight_bits = capability(x.device.index) >= (8, 9) and not (N | width) % 16 and values.is_contiguous()
+        if not eight_bits or x.dtype is torch.float32 or not x.numel():
             return _library(x, values, scales, bias, activation, residual)
         x8, x_scales = quantise(x, FP8, None)
         y = torch._scaled_mm(x8, values.t(), scale_a=x_scales.unsqueeze(1), scale_b=scales.unsqueeze(0), out_dtype=torch.bfloat16)
-        y = y.to(x.dtype).view(*x.shape[:-1], N)
-        if activation is not None:
-            y = bias_activation(y, bias, activation)
-        elif bias is not None:
-            y += bias
-        return y if residual is None else y + residual
+        return followed(y.to(x.dtype).view(*x.shape[:-1], N), bias, activation, residual)
     return linear
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
-from ftops.ops.linear import check_beside_weight, library
+from ftops.ops.linear import check_beside_weight, followed, library
 from ftops.ops.linear import reference as linear_reference
 from ftops.packing import described
 from ftops.samples import randn
@@ -35,6 +35,20 @@ def _library(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest:
     return library(x, dequantise(values, scales, x.shape[-1], x.dtype), *rest)
 
 
+def _cpu(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
+         residual: torch.Tensor | None) -> torch.Tensor:
+    """PyTorch's product of bfloat16 and int8 takes a third of the time of its bfloat16 product at one row; that of float16, 18 times.
+
+    Of widths that are no multiple of 16 it crashes, or is wrong.
+    """
+    K, (N, width) = x.shape[-1], values.shape
+    if x.dtype is not torch.bfloat16 or not x.numel() or not N or width % 16:
+        return _library(x, values, scales, bias, activation, residual)
+    rows = torch.nn.functional.pad(x.reshape(-1, K), (0, width - K)).contiguous()
+    y = torch._weight_int8pack_mm(rows, values.contiguous(), scales.to(x.dtype))
+    return followed(y.view(*x.shape[:-1], -1), bias, activation, residual)
+
+
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear import launch, serves
 
@@ -49,7 +63,7 @@ def _fake(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: tor
 
 
 LINEAR_W8A16 = register("linear_w8a16(Tensor x, Tensor values, Tensor scales, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
-                        cpu=_library, cuda=_cuda, fake=_fake)
+                        cpu=_cpu, cuda=_cuda, fake=_fake)
 _linear_w8a16 = straight(LINEAR_W8A16)
 
 

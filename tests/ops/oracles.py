@@ -233,6 +233,6 @@ def normed_and_rotated(q, k, positions, freqs, *, rotary_positions=None, q_norm=
 ORACLES = {
     "rms_norm": rms_norm, "layer_norm": layer_norm, "rotary": rotary, "gated_activation": gated_activation,
     "bias_activation": bias_activation, "linear": linear, "linear_w4a16": linear_w4a16, "linear_w8a16": linear_w8a16,
-    "linear_fp8": linear_fp8, "attention": attention, "attention_varlen": attention_varlen, "decode_attention": decode_attention, "sample": sample,
-    "rotary_append": rotary_append,
+    "linear_fp8": linear_fp8, "attention": attention, "attention_varlen": attention_varlen, "decode_attention": decode_attention,
+    "sample": sample, "rotary_append": rotary_append,
 }
