@@ -1,6 +1,7 @@
 """One small model for every family in ARCHS: real head dims, few layers, few words, and every option of the family in use."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 
@@ -56,18 +57,18 @@ def causal(family: str) -> bool:
 
 
 @cache
-def _weights(family: str) -> dict[str, torch.Tensor]:
+def _original(family: str) -> PreTrainedModel:
     """The same for every test: biases and norm weights too are drawn, since ones and zeros would hide that they are not used."""
     torch.manual_seed(1)
-    state = TINY[family]().state_dict()
-    return {name: value if value.dim() > 1 else (1.0 if "bias" not in name else 0.0) + 0.2 * torch.randn_like(value)
-            for name, value in state.items()}
+    model = TINY[family]()
+    model.load_state_dict({name: value if value.dim() > 1 else (1.0 if "bias" not in name else 0.0) + 0.2 * torch.randn_like(value)
+                           for name, value in model.state_dict().items()})
+    return model
 
 
 def tiny(family: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "eager") -> PreTrainedModel:
-    """A new model with the family's weights, as transformers runs it."""
-    model = TINY[family]()
-    model.load_state_dict(_weights(family))
+    """A new model with the family's weights, as transformers runs it. A copy: drawing weights is a fifth of the time of a test."""
+    model = copy.deepcopy(_original(family))
     model.config._attn_implementation = attention
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # not the buffers: from_pretrained leaves them in float32 as well

@@ -1,7 +1,12 @@
 """Any architecture of transformers, shrunk: the usual names of sizes are set where its configuration has them."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -29,6 +34,24 @@ def takes(config: PreTrainedConfig, name: str) -> bool:
         return False
 
 
+@contextmanager
+def few_parameters() -> Iterator[None]:
+    """Raises OverflowError as soon as modules made here have more than MOST_PARAMETERS: most models of the world are large."""
+    sizes: dict[int, int] = {}
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            sizes[id(parameter)] = parameter.numel()
+        if sum(sizes.values()) > MOST_PARAMETERS:
+            raise OverflowError
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def small(kind: str, mapping: object) -> PreTrainedModel | None:
     """A model of that kind out of an auto class's mapping, with random weights; None if these sizes make none that runs."""
     try:
@@ -36,9 +59,8 @@ def small(kind: str, mapping: object) -> PreTrainedModel | None:
         model_class, default = mapping[config_class], config_class()
         model_class = model_class[0] if isinstance(model_class, tuple) else model_class
         sizes = {name: size for name, size in SIZES.items() if takes(default, name)}
-        with torch.device("meta"):
-            if sum(p.numel() for p in model_class(config_class(**sizes)).parameters()) > MOST_PARAMETERS:
-                return None
+        with torch.device("meta"), few_parameters():
+            model_class(config_class(**sizes))
         torch.manual_seed(0)
         model = model_class(config_class(**sizes)).eval()
         outputs(model)
