@@ -256,15 +256,22 @@ def make(config: Config) -> Callable:
             count = np.int64(taken[0]) if listed else length
 
             if top_k < length:
-                exact = np.uint32(0)
+                exact, mine = np.uint32(0), np.uint32(0)
+                if thread < count:
+                    x, _ = candidate(thread, listed, list_sh, x_at)
+                    mine = rank(x)
                 for bit in range(bits):
                     higher = np.uint32(exact | np.uint32(0x80000000) >> np.uint32(bit))
-                    above = np.uint64(0)
-                    for i in range(thread, count, THREADS):
-                        x, _ = candidate(i, listed, list_sh, x_at)
-                        if rank(x) >= higher and x > lowest:
-                            above += np.uint64(1)
-                    if total(above, partial) >= np.uint64(top_k):
+                    if count <= THREADS:
+                        above = np.int64(cuda.syncthreads_count(np.int32(1) if mine >= higher else np.int32(0)))
+                    else:
+                        some = np.uint64(0)
+                        for i in range(thread, count, THREADS):
+                            x, _ = candidate(i, listed, list_sh, x_at)
+                            if rank(x) >= higher and x > lowest:
+                                some += np.uint64(1)
+                        above = np.int64(total(some, partial))
+                    if above >= top_k:
                         exact = higher
                 floor = max(floor, exact)
                 if top_p < one:
