@@ -1,9 +1,10 @@
 """linear on the GPU for few rows of x: out = act(x W^T + bias) + residual, one pass over the weights W[N, K] as they lie. sm_80 and up.
 
 W is 16 bits, or int8 or float8 e4m3 with a scale a row. A block takes 16 rows of W and `batch` of x, and splits K over its warps (see
-linear_tile.py); a warp's access is 256 or 512 neighbouring bytes of a row, which the memory serves a tenth faster than 64 bytes of each
-of eight. On sm_90 the first of them are asked into L2 while the kernel before still runs; the copies themselves wait for its end, so that
-weights which that kernel writes are read as they should be. Floor: bytes of the weights / read bandwidth.
+linear_tile.py); a warp copies 128 or 256 neighbouring bytes of a row at once, which the memory serves a sixth faster than 64. x goes to
+registers a stage ahead: when the memory is busy, what L2 holds comes late too. On sm_90 the first bytes are asked into L2 while the
+kernel before still runs; the copies themselves wait for its end, so that weights which that kernel writes are read as they should be.
+Floor: bytes of the weights / read bandwidth.
 """
 from __future__ import annotations
 
@@ -19,38 +20,36 @@ from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.linear_dequantise import make_rows
-from ftops.numba_kernels.linear_tile import aligned_x, form_of, make_finish
+from ftops.numba_kernels.linear_tile import aligned_x, form_of, make_finish, spread
 from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
 
-TILE_ROWS, PIECE_BYTES = 16, 64  # rows of W a block; of a row that the four lanes t of a fragment load at once
+TILE_ROWS, STAGE_K = 16, 128  # rows of W a block; values of k a stage of a warp
+PIECE_BYTES = 64  # of a row that the four lanes t of a fragment load at once
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 BATCHES = {"16-bit": (8, 16), "int8": (8, 16, 32), "e4m3": (8, 16, 32)}
 
 
 @dataclass(frozen=True)
 class Config:
-    """kind of W: 16-bit, int8 or e4m3; dtype of x; batch: rows of x a block; warps of a block; stages of a warp's ring, of row_bytes of
-    each row."""
+    """kind of W: 16-bit, int8 or e4m3; dtype of x; batch: rows of x a block; warps of a block, stages of a warp's ring."""
 
     kind: str
     dtype: str
     batch: int
-    warps: int = 2
-    stages: int = 2
-    row_bytes: int = 512
+    warps: int = 4
+    stages: int = 3
 
     @property
     def item(self) -> int:
         return 2 if self.kind == "16-bit" else 1
 
     @property
-    def pitch(self) -> int:
-        """Bytes between rows in shared memory: a quarter of a warp reads 64 of two rows, which then lie in all banks."""
-        return self.row_bytes + 64
+    def stage_bytes(self) -> int:
+        return TILE_ROWS * STAGE_K * self.item
 
     @property
-    def stage_bytes(self) -> int:
-        return TILE_ROWS * self.pitch
+    def ring_bytes(self) -> int:
+        return self.warps * self.stages * self.stage_bytes
 
 
 def pick(kind: str, dtype: str, rows: int) -> Config:
@@ -59,14 +58,11 @@ def pick(kind: str, dtype: str, rows: int) -> Config:
 
 
 def make(config: Config) -> Callable:
-    item, warps, stages, batch, pitch, row_bytes = (
-        config.item, config.warps, config.stages, config.batch, config.pitch, config.row_bytes)
-    batch_tiles, stage_bytes, warp_bytes, last_stage = batch // 8, config.stage_bytes, stages * config.stage_bytes, stages - 1
-    lanes_a_row, stage_k, piece_k = row_bytes // 16, row_bytes // item, PIECE_BYTES // item
-    rows_at_once, step_k, lane_k = 32 // lanes_a_row, stage_k * warps, 16 // item
-    step_shift, pieces, x_words = step_k.bit_length() - 1, row_bytes // PIECE_BYTES, 8 // item
-    together = max(1, min(pieces, 32 // (x_words * batch_tiles)))  # pieces whose x are asked for at once, in 32 registers
-    n_acc, n_x = 4 * batch_tiles, x_words * batch_tiles * together
+    item, warps, stages, batch, stage_bytes = config.item, config.warps, config.stages, config.batch, config.stage_bytes
+    batch_tiles, warp_bytes, last_stage, row_bytes, step_k = batch // 8, stages * stage_bytes, stages - 1, STAGE_K * item, STAGE_K * warps
+    lanes_a_row, piece_k, lane_k, step_bytes = row_bytes // 16, PIECE_BYTES // item, 16 // item, row_bytes * warps
+    rows_at_once, pieces, x_words, step_shift = 32 // lanes_a_row, row_bytes // PIECE_BYTES, 8 // item, step_k.bit_length() - 1
+    n_acc, n_x, second = 8 * batch_tiles, x_words * batch_tiles * pieces, 4 * batch_tiles
     mma, wait_for_oldest, zero, nothing = ptx.MMA[config.dtype], ptx.CP_ASYNC_WAIT[last_stage], np.float32(0), np.uint32(0)
     scaled, products = item == 1, x_words // 2
     fragment = make_rows(config.kind, config.dtype)
@@ -74,24 +70,24 @@ def make(config: Config) -> Callable:
 
     @cuda.jit(device=True, forceinline=True)
     def copy(stage_sh, w_gl, jump, below, left):
-        """stage_k values of k of the tile's rows; zeros beyond K. Rows past the last, `below`, are its copies and not stored."""
+        """STAGE_K values of k of the tile's rows; zeros beyond K. Rows past the last, `below`, are its copies and not stored."""
         size = np.uint32(16 if left > 0 else 0)
         for i in range(TILE_ROWS // rows_at_once):
-            ptx.cp_async_16(np.int32(stage_sh + rows_at_once * pitch * i), w_gl, size)
+            ptx.cp_async_16(np.int32(stage_sh + rows_at_once * row_bytes * i), w_gl, size)
             if rows_at_once * (i + 1) <= below:
                 w_gl += jump
 
     @cuda.jit(device=True, forceinline=True)
-    def load_x(x_at, first, left, x):
-        for p in range(together):
+    def load_x(x_at, left, x):
+        """A stage's x; zeros beyond K."""
+        for p in range(pieces):
             for j in range(batch_tiles):
-                at = x_words * (batch_tiles * p + j)
-                for i in range(x_words):
-                    x[at + i] = nothing
                 for half in range(x_words // 4):
-                    if left > piece_k * (first + p) + 8 * half:
-                        here = at + 4 * half
-                        x[here], x[here + 1], x[here + 2], x[here + 3] = ptx.ld_written_128(x_at[j] + 2 * piece_k * (first + p) + 16 * half)
+                    at = x_words * (batch_tiles * p + j) + 4 * half
+                    for i in range(4):
+                        x[at + i] = nothing
+                    if left > piece_k * p + 8 * half:
+                        x[at], x[at + 1], x[at + 2], x[at + 3] = ptx.ld_written_128(x_at[j] + 2 * piece_k * p + 16 * half)
 
     def linear(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, w_stride, residual_stride, rows, N, K, width, form, linear,
                cubic):
@@ -103,55 +99,61 @@ def make(config: Config) -> Callable:
         last, w_row = np.int32(N - 1 - first), np.int64(w_stride * item)
         w_gl = np.int64(w_gl) + w_row * first
         if thread < TILE_ROWS and thread <= last:
-            ptx.prefetch_l2_bulk(w_gl + w_row * thread, min(width * item, stages * row_bytes * warps))
-        steps = np.int32((width - stage_k * warp + step_k - 1) >> step_shift)
-        left, left_x = np.int32(width - stage_k * warp - lane_k * column), np.int32(K - stage_k * warp - lane_k * t)
+            ptx.prefetch_l2_bulk(w_gl + w_row * thread, min(width * item, stages * step_bytes))
+        steps = np.int32((width - STAGE_K * warp + step_k - 1) >> step_shift)
+        left, left_x = np.int32(width - STAGE_K * warp - lane_k * column), np.int32(K - STAGE_K * warp - lane_k * t)
         w_gl += w_row * min(row, last) + row_bytes * warp + 16 * column
         jump, below = rows_at_once * w_row, np.int32(last - row)
         ring_sh = np.int32(shared_sh + warp * warp_bytes)
-        copy_sh, read_sh = np.int32(ring_sh + pitch * row + 16 * column), np.int32(ring_sh + pitch * g + 16 * t)
+        # Odd rows have the halves of 128 bytes swapped: a quarter of a warp reads 64 bytes of two rows, which then lie in all banks.
+        copy_sh = np.int32(ring_sh + row_bytes * row + (16 * column ^ (row & 1) << 6))
+        even_sh = np.int32(ring_sh + row_bytes * g + 16 * t + 64 * (g & 1))
+        odd_sh = np.int32(even_sh - 128 * (g & 1))
         x_at = cuda.local.array(batch_tiles, np.int64)
         x = cuda.local.array(n_x, np.uint32)
+        x_next = cuda.local.array(n_x, np.uint32)
         acc = cuda.local.array(n_acc, np.float32)
         for i in range(n_acc):
             acc[i] = zero
         for j in range(batch_tiles):
-            x_at[j] = np.int64(x_gl) + 2 * (x_stride * min(first_x + g + 8 * j, rows - 1) + stage_k * warp + lane_k * t)
+            x_at[j] = np.int64(x_gl) + 2 * (x_stride * min(first_x + g + 8 * j, rows - 1) + STAGE_K * warp + lane_k * t)
         ptx.wait_for_primary()
         ptx.launch_dependents()
+        load_x(x_at, left_x, x_next)
         for i in range(last_stage):
             if i < steps:
                 copy(np.int32(copy_sh + stage_bytes * i), w_gl, jump, below, np.int32(left - i * step_k))
-                w_gl += row_bytes * warps
+                w_gl += step_bytes
             ptx.cp_async_commit()
         filling, using = np.int32(last_stage), np.int32(0)
         for step in range(steps):
+            for i in range(n_x):
+                x[i] = x_next[i]
+            for j in range(batch_tiles):
+                x_at[j] += 2 * step_k
+            left_x = np.int32(left_x - step_k)
+            load_x(x_at, left_x, x_next)
             if np.int32(step) < np.int32(steps - last_stage):
                 ptx.warp_sync()  # every lane has read the stage that is filled now
                 copy(np.int32(copy_sh + stage_bytes * filling), w_gl, jump, below, np.int32(left - last_stage * step_k))
-                w_gl += row_bytes * warps
+                w_gl += step_bytes
                 filling = np.int32(0) if filling == last_stage else np.int32(filling + 1)
             ptx.cp_async_commit()
-            load_x(x_at, 0, left_x, x)
+            left = np.int32(left - step_k)
             wait_for_oldest()
             ptx.warp_sync()
-            stage_sh = np.int32(read_sh + stage_bytes * using)
+            offset = np.int32(stage_bytes * using)
             using = np.int32(0) if using == last_stage else np.int32(using + 1)
-            for piece in range(0, pieces, together):
-                if piece > 0:
-                    load_x(x_at, piece, left_x, x)
-                for p in range(together):
-                    piece_sh = np.int32(stage_sh + PIECE_BYTES * (piece + p))
-                    low, high = ptx.ld_shared_128(piece_sh), ptx.ld_shared_128(np.int32(piece_sh + 8 * pitch))
-                    for s in range(products):
-                        a = fragment(low, high, s)
-                        for j in range(batch_tiles):
-                            at = x_words * (batch_tiles * p + j) + 2 * s
-                            mma(acc, 4 * j, a[0], a[1], a[2], a[3], x[at], x[at + 1])
-            left = np.int32(left - step_k)
-            left_x = np.int32(left_x - step_k)
-            for j in range(batch_tiles):
-                x_at[j] += 2 * step_k
+            for p in range(pieces):
+                piece_sh = np.int32((odd_sh if p & 1 else even_sh) + offset + PIECE_BYTES * p)
+                low, high = ptx.ld_shared_128(piece_sh), ptx.ld_shared_128(np.int32(piece_sh + 8 * row_bytes))
+                for s in range(products):
+                    a = fragment(low, high, s)
+                    for j in range(batch_tiles):
+                        at = x_words * (batch_tiles * p + j) + 2 * s
+                        mma(acc, 4 * j + second * (s & 1), a[0], a[1], a[2], a[3], x[at], x[at + 1])  # two sums: a product waits for less
+        for i in range(second):
+            acc[i] += acc[second + i]
         if scaled:
             scale_gl = np.int64(scale_gl) + 4 * first
             upper = ptx.ld_written_f32(scale_gl + 4 * min(g, last))
@@ -165,9 +167,9 @@ def make(config: Config) -> Callable:
     return linear
 
 
-def spec(config: Config) -> Spec:
-    return Spec(make, config, "ppppppllliiiiiff", threads=32 * config.warps, shared_bytes=config.warps * config.stages * config.stage_bytes,
-                min_blocks=1, dependent=True)
+def spec(config: Config, shared_bytes: int = 0) -> Spec:
+    """shared_bytes above what is needed keep further blocks from a multiprocessor."""
+    return Spec(make, config, "ppppppllliiiiiff", threads=32 * config.warps, shared_bytes=max(shared_bytes, config.ring_bytes), dependent=True)
 
 
 def variants() -> Iterator[Spec]:
@@ -187,8 +189,11 @@ def serves(x: torch.Tensor, weight: torch.Tensor, max_rows: int) -> bool:
 
 
 @functools.cache
-def _kernel(kind: str, dtype: torch.dtype, rows: int, device: int) -> Kernel:
-    return load(spec(pick(kind, DTYPE_NAME[dtype], rows)), device)
+def _kernel(kind: str, dtype: torch.dtype, rows: int, N: int, device: int) -> tuple[Kernel, int, int]:
+    """(kernel, blocks of x, blocks of W)."""
+    config = pick(kind, DTYPE_NAME[dtype], min(rows, BATCHES[kind][-1]))
+    blocks, tiles = -(-rows // config.batch), -(-N // TILE_ROWS)
+    return load(spec(config, spread(blocks * tiles, config.ring_bytes, device)), device), blocks, tiles
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
@@ -206,7 +211,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, b
     if residual is not None:
         residual, residual_stride = rows_of(residual)
         residual_at = residual.data_ptr()
-    kernel = _kernel(KINDS.get(weight.dtype, "16-bit"), x.dtype, min(rows, 32), x.device.index)
-    kernel(-(-rows // kernel.spec.config.batch), -(-N // TILE_ROWS), 1, x.data_ptr(), weight.data_ptr(), scale_at, bias_at, residual_at,
-           out.data_ptr(), x_stride, weight.stride(0), residual_stride, rows, N, K, width, *form_of(activation))
+    kernel, blocks, tiles = _kernel(KINDS.get(weight.dtype, "16-bit"), x.dtype, rows, N, x.device.index)
+    kernel(blocks, tiles, 1, x.data_ptr(), weight.data_ptr(), scale_at, bias_at, residual_at, out.data_ptr(), x_stride, weight.stride(0),
+           residual_stride, rows, N, K, width, *form_of(activation))
     return out

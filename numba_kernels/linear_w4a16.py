@@ -18,7 +18,7 @@ from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.linear_dequantise import ONE, ZERO, make_int4, subtracts
-from ftops.numba_kernels.linear_tile import aligned_x, form_of, make_finish
+from ftops.numba_kernels.linear_tile import aligned_x, form_of, make_finish, spread
 from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
 
 TILE_ROWS, PIECE_K, PIECES = 32, 32, 4  # rows of W a block; values of k a piece, pieces a stage of a warp: four accesses of a lane
@@ -40,6 +40,10 @@ class Config:
     @property
     def stage_bytes(self) -> int:
         return WEIGHT_BYTES + 512 * self.records
+
+    @property
+    def ring_bytes(self) -> int:
+        return self.warps * self.stages * self.stage_bytes
 
 
 def pick(dtype: str, rows: int, group_size: int) -> Config:
@@ -89,15 +93,15 @@ def make_piece(config: Config) -> Callable:
     def multiply(piece, stage_sh, record, x, acc, part, sums, scale, minus, off):
         if piece * records % 4 == 0:
             load_record(stage_sh + WEIGHT_BYTES + 512 * (piece * records // 4), record, scale, minus, off)
-        words = ptx.ld_shared_128(stage_sh + 512 * piece)
+        words, x_at = ptx.ld_shared_128(stage_sh + 512 * piece), 4 * batch_tiles * piece
         for s in range(2):
             for i in range(2):
                 a = dequantise(words[2 * i + s], minus[2 * i], minus[2 * i + 1])
                 for j in range(batch_tiles):
-                    mma(part, 4 * (i * batch_tiles + j), a[0], a[1], a[2], a[3], x[4 * j + 2 * s], x[4 * j + 2 * s + 1])
+                    mma(part, 4 * (i * batch_tiles + j), a[0], a[1], a[2], a[3], x[x_at + 4 * j + 2 * s], x[x_at + 4 * j + 2 * s + 1])
             if not subtract:
                 for j in range(batch_tiles):
-                    mma(sums, 4 * j, ones, ones, ones, ones, x[4 * j + 2 * s], x[4 * j + 2 * s + 1])
+                    mma(sums, 4 * j, ones, ones, ones, ones, x[x_at + 4 * j + 2 * s], x[x_at + 4 * j + 2 * s + 1])
         if (piece + 1) * records % 4 == 0:
             add_scaled(acc, part, sums, scale, off)
 
@@ -109,7 +113,8 @@ def make(config: Config) -> Callable:
     batch, batch_tiles, stage_bytes, last_stage = config.batch, config.batch // 8, config.stage_bytes, config.stages - 1
     warp_bytes, step_pieces, piece_bytes = stages * stage_bytes, PIECES * warps, WEIGHT_BYTES // PIECES
     step_shift, step_bytes, x_step = step_pieces.bit_length() - 1, WEIGHT_BYTES * warps, 2 * PIECE_K * step_pieces
-    n_acc, n_x = 8 * batch_tiles, 4 * batch_tiles
+    n_acc, n_sums, n_x = 8 * batch_tiles, 4 * batch_tiles, 4 * batch_tiles * PIECES
+    ahead = batch <= 16  # more of x does not fit the registers twice
     zero, nothing = np.float32(0), np.uint32(0)
     wait_for_oldest, finish = ptx.CP_ASYNC_WAIT[last_stage], make_finish(config.dtype, batch, TILE_ROWS, warps, warp_bytes)
     multiply = make_piece(config)
@@ -128,12 +133,15 @@ def make(config: Config) -> Callable:
                 ptx.cp_async_8(record_sh, group_gl, live)
 
     @cuda.jit(device=True, forceinline=True)
-    def load_x(piece, x_at, left_k, x):
-        for j in range(batch_tiles):
-            for i in range(4):
-                x[4 * j + i] = nothing
-            if left_k > PIECE_K * piece:
-                x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3] = ptx.ld_written_128(x_at[j] + 2 * PIECE_K * piece)
+    def load_x(x_at, left_k, x):
+        """A stage's x; zeros beyond K."""
+        for piece in range(PIECES):
+            for j in range(batch_tiles):
+                at = 4 * (batch_tiles * piece + j)
+                for i in range(4):
+                    x[at + i] = nothing
+                if left_k > PIECE_K * piece:
+                    x[at], x[at + 1], x[at + 2], x[at + 3] = ptx.ld_written_128(x_at[j] + 2 * PIECE_K * piece)
 
     def linear_w4a16(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, residual_stride, rows, N, K, count, group_pieces,
                       record, form, linear, cubic):
@@ -157,15 +165,16 @@ def make(config: Config) -> Callable:
         ring_sh = np.int32(shared_sh + warp * warp_bytes + 16 * lane)
         x_at = cuda.local.array(batch_tiles, np.int64)
         x = cuda.local.array(n_x, np.uint32)
+        x_next = cuda.local.array(n_x, np.uint32)
         acc = cuda.local.array(n_acc, np.float32)
         part = cuda.local.array(n_acc, np.float32)
-        sums = cuda.local.array(n_x, np.float32)
+        sums = cuda.local.array(n_sums, np.float32)
         scale = cuda.local.array(4, np.float32)
         off = cuda.local.array(4, np.float32)
         minus = cuda.local.array(4, np.uint32)
         for i in range(n_acc):
             acc[i], part[i] = zero, zero
-        for i in range(n_x):
+        for i in range(n_sums):
             sums[i] = zero
         for i in range(4):
             minus[i] = nothing
@@ -173,6 +182,8 @@ def make(config: Config) -> Callable:
             x_at[j] = np.int64(x_gl) + 2 * (x_stride * min(first_x + g + 8 * j, rows - 1) + PIECE_K * PIECES * warp + 8 * t)
         ptx.wait_for_primary()
         ptx.launch_dependents()
+        if ahead:
+            load_x(x_at, left_k, x_next)
         for i in range(last_stage):
             if i < steps:
                 copy(np.int32(ring_sh + stage_bytes * i), w_gl, scale_gl, np.int32(left - i * step_pieces), group_pieces, record)
@@ -181,6 +192,16 @@ def make(config: Config) -> Callable:
             ptx.cp_async_commit()
         filling, using = np.int32(last_stage), np.int32(0)
         for step in range(steps):
+            if ahead:
+                for i in range(n_x):
+                    x[i] = x_next[i]
+            else:
+                load_x(x_at, left_k, x)
+            left_k = np.int32(left_k - PIECE_K * step_pieces)
+            for j in range(batch_tiles):
+                x_at[j] += x_step
+            if ahead:
+                load_x(x_at, left_k, x_next)
             if np.int32(step) < np.int32(steps - last_stage):
                 copy(np.int32(ring_sh + stage_bytes * filling), w_gl, scale_gl, np.int32(left - last_stage * step_pieces), group_pieces,
                      record)
@@ -192,27 +213,21 @@ def make(config: Config) -> Callable:
             stage_sh = np.int32(ring_sh + stage_bytes * using)
             using = np.int32(0) if using == last_stage else np.int32(using + 1)
             # Written out: LLVM keeps such a loop as one.
-            load_x(0, x_at, left_k, x)
             multiply(0, stage_sh, record, x, acc, part, sums, scale, minus, off)
-            load_x(1, x_at, left_k, x)
             multiply(1, stage_sh, record, x, acc, part, sums, scale, minus, off)
-            load_x(2, x_at, left_k, x)
             multiply(2, stage_sh, record, x, acc, part, sums, scale, minus, off)
-            load_x(3, x_at, left_k, x)
             multiply(3, stage_sh, record, x, acc, part, sums, scale, minus, off)
             left = np.int32(left - step_pieces)
-            left_k = np.int32(left_k - PIECE_K * step_pieces)
-            for j in range(batch_tiles):
-                x_at[j] += x_step
         finish(acc, shared_sh, thread, TILE_ROWS * np.int32(tile), first_x, rows, N, np.int64(bias_gl), np.int64(residual_gl),
                residual_stride, np.int64(out_gl), form, linear, cubic)
 
     return linear_w4a16
 
 
-def spec(config: Config) -> Spec:
-    return Spec(make, config, "ppppppll" + "iiiiiiiff", threads=32 * config.warps,
-                shared_bytes=config.warps * config.stages * config.stage_bytes, min_blocks=2 if config.batch > 16 else 4, dependent=True)
+def spec(config: Config, shared_bytes: int = 0) -> Spec:
+    """shared_bytes above what is needed keep further blocks from a multiprocessor."""
+    return Spec(make, config, "pppppplliiiiiiiff", threads=32 * config.warps, shared_bytes=max(shared_bytes, config.ring_bytes),
+                dependent=True)
 
 
 def variants() -> Iterator[Spec]:
@@ -224,8 +239,11 @@ def variants() -> Iterator[Spec]:
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, rows: int, group_size: int, device: int) -> Kernel:
-    return load(spec(pick(DTYPE_NAME[dtype], rows, group_size)), device)
+def _kernel(dtype: torch.dtype, rows: int, tiles: int, group_size: int, device: int) -> tuple[Kernel, int]:
+    """(kernel, blocks of x)."""
+    config = pick(DTYPE_NAME[dtype], min(rows, BATCHES[-1]), group_size)
+    blocks = -(-rows // config.batch)
+    return load(spec(config, spread(blocks * tiles, config.ring_bytes, device)), device), blocks
 
 
 def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
@@ -242,8 +260,7 @@ def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features
         residual, residual_stride = rows_of(residual)
         residual_at = residual.data_ptr()
     group_pieces = count // scales.shape[1]
-    kernel = _kernel(x.dtype, min(rows, BATCHES[-1]), PIECE_K * group_pieces, x.device.index)
-    kernel(-(-rows // kernel.spec.config.batch), tiles, 1, x.data_ptr(), packed.data_ptr(), scales.data_ptr(), bias_at, residual_at,
-           out.data_ptr(), x_stride, residual_stride, rows, features, K, count, group_pieces, 8 if scales.dim() == 4 else 16,
-           *form_of(activation))
+    kernel, blocks = _kernel(x.dtype, rows, tiles, PIECE_K * group_pieces, x.device.index)
+    kernel(blocks, tiles, 1, x.data_ptr(), packed.data_ptr(), scales.data_ptr(), bias_at, residual_at, out.data_ptr(), x_stride,
+           residual_stride, rows, features, K, count, group_pieces, 8 if scales.dim() == 4 else 16, *form_of(activation))
     return out
