@@ -28,7 +28,8 @@ Freqs = tuple[torch.Tensor, torch.Tensor]
 class Slots:
     """Where a decode step keeps keys and values, instead of Attend: k, v [B,S,Hkv,D] at fixed addresses.
 
-    places[B,T] int32: the slots of the T new tokens. lengths[B] int32: how many are filled then. bias as in `ops.decode_attention`.
+    places[B,T] int32: the slots of the T new tokens. lengths[B] int32: how many are filled then. bias and page_table, with pages
+    [P,page_size,Hkv,D] in place of rows, as in `ops.decode_attention`.
     """
 
     k: torch.Tensor
@@ -36,6 +37,7 @@ class Slots:
     places: torch.Tensor
     lengths: torch.Tensor
     bias: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,13 @@ class Block:
         if spec.rotary is not None and (w.q_norm is None or spec.norm == "rms"):
             q_norm, k_norm = (None if norm is None else norm.weight for norm in (w.q_norm, w.k_norm))
             q = ops.rotary_append(q, k, v, slots.k, slots.v, slots.places, freqs, rotary_positions=positions, q_norm=q_norm, k_norm=k_norm,
-                                  eps=spec.eps, interleaved=spec.rotary == "interleaved", rotary_dim=spec.rotary_dim)
+                                  eps=spec.eps, interleaved=spec.rotary == "interleaved", rotary_dim=spec.rotary_dim,
+                                  page_table=slots.page_table)
         else:
             q, k = self._rotated(q, k, positions, freqs)
-            ops.append_kv(k, v, slots.k, slots.v, slots.places)
-        return ops.decode_attention(q, slots.k, slots.v, slots.lengths, scale=spec.scale, window=spec.window, bias=slots.bias)
+            ops.append_kv(k, v, slots.k, slots.v, slots.places, page_table=slots.page_table)
+        return ops.decode_attention(q, slots.k, slots.v, slots.lengths, page_table=slots.page_table, scale=spec.scale, window=spec.window,
+                                    bias=slots.bias)
 
     def _rotated(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None,
                  freqs: Freqs | None) -> tuple[torch.Tensor, torch.Tensor]:

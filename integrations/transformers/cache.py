@@ -59,14 +59,45 @@ class FixedLayer(StaticLayer):
         return self.places[0, 0] if self.stepping else super().get_seq_length()
 
 
+class PagedLayer(DynamicLayer):
+    """Keys and values in pages, k, v [P,page_size,Hkv,D], that rows share by page_table[B,n]; otherwise like a FixedLayer.
+
+    A prompt has one row for each `shared` rows of the table, the first of which says where it is stored.
+    """
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, page_table: torch.Tensor, places: torch.Tensor, lengths: torch.Tensor,
+                 shared: int) -> None:
+        super().__init__()
+        self.k, self.v, self.page_table, self.places, self.lengths, self.shared = k, v, page_table, places, lengths, shared
+        self.stepping, self.is_initialized = False, True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object,
+               **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        new = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        if self.stepping:
+            ops.append_kv(*new, self.k, self.v, self.places, page_table=self.page_table)
+            return tuple(pages[self.page_table.long()].flatten(1, 2).transpose(1, 2) for pages in (self.k, self.v))
+        places = torch.arange(key_states.shape[2], dtype=torch.int32, device=key_states.device).expand(len(key_states), -1)
+        ops.append_kv(*new, self.k, self.v, places, page_table=self.page_table[:: self.shared])
+        return key_states, value_states
+
+    def get_seq_length(self) -> torch.Tensor | int:
+        return self.places[0, 0] if self.stepping else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self.k.shape[1] * self.page_table.shape[1] if self.stepping else query_length), 0
+
+
 def slots(cache: Cache | None, index: int, x: torch.Tensor, mask: torch.Tensor | None) -> Slots | None:
-    """Where a step of x[B,T,N] over `cache` keeps layer `index`, if that is a FixedLayer; None for every other call."""
+    """Where a step of x[B,T,N] over `cache` keeps layer `index`, if that is a layer for steps; None for every other call."""
     if cache is None or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    if not isinstance(layer, FixedLayer) or not layer.stepping or not is_rows(mask):
+    if not isinstance(layer, (FixedLayer, PagedLayer)) or not layer.stepping or not is_rows(mask):
         return None
     bias = None if mask is None else additive(mask, x.dtype)
+    if isinstance(layer, PagedLayer):
+        return Slots(layer.k, layer.v, layer.places, layer.lengths, bias, layer.page_table)
     return Slots(layer.keys.transpose(1, 2), layer.values.transpose(1, 2), layer.places, layer.lengths, bias)
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from ftops.integrations.transformers.cache import FixedLayer
 from ftops.integrations.transformers.layer import FusedLayer
 
 _SESSIONS: weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[tuple, Session]]] = weakref.WeakKeyDictionary()
+Make = Callable[[PreTrainedModel, int, int], Session]  # from the batch size and the most tokens a row
 STEP = 256  # tokens by which a cache is longer or shorter than another
 
 
@@ -35,7 +36,8 @@ class CausalDecoder:
         if self._fixed:
             self._cache = Cache(layers=[FixedLayer(capacity, self._places, self._lengths) for _ in range(config.num_hidden_layers)])
 
-    def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+    def _begin(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+        """Takes down where the padding is and which positions come next; the positions [B,S] of the prompt."""
         self._padded, self._length = mask is not None and not bool(mask.all()), ids.shape[1]
         if positions is None:
             positions = torch.arange(self._length, device=ids.device).expand_as(ids)
@@ -46,6 +48,10 @@ class CausalDecoder:
             self._mask[:, : self._length] = mask
             self._mask[:, self._length :] = 1
             self._rows.zero_().masked_fill_(self._mask[:, None, None] == 0, float("-inf"))
+        return positions
+
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+        positions = self._begin(ids, mask, positions)
         if self._fixed:
             for layer in self._cache.layers:
                 layer.rewind()
@@ -99,19 +105,25 @@ def unfit(model: object) -> str | None:
     return None if all(layer._ftops.block.spec.causal for layer in layers) else "its attention is not causal"
 
 
+def _plain(model: PreTrainedModel, batch: int, capacity: int) -> Session:
+    return Session(CausalDecoder(model, batch, capacity), batch, capacity)
+
+
 @contextmanager
-def session(model: PreTrainedModel, batch: int, length: int) -> Iterator[Session]:
-    """A session for `batch` rows of `length` tokens: the last one, with its graphs, if it fits and nothing about the model has changed."""
+def session(model: PreTrainedModel, batch: int, length: int, make: Make = _plain, kind: object = None) -> Iterator[Session]:
+    """A session for `batch` rows of `length` tokens: the last one, with its graphs, if it fits and nothing about the model has changed.
+
+    make: how a new one is made, by which those of one `kind` are.
+    """
     # Graphs hold addresses of weights; hooks draw a number each when they are registered, and a replay would not call them.
     now = (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), torch.utils.hooks.RemovableHandle.next_id,
-           model.training, model.dtype)
+           model.training, model.dtype, kind)
     kept = _SESSIONS.pop(model, [])
     found = next((one for seen, one in kept
                   if seen == now and one.batch == batch and length <= one.capacity <= max(2 * length, STEP)), None)
     if found is None:
         kept.clear()  # before memory is asked for
-        capacity = -(-length // STEP) * STEP if model.device.type == "cuda" else length
-        found = Session(CausalDecoder(model, batch, capacity), batch, capacity)
+        found = make(model, batch, -(-length // STEP) * STEP if fixed(model) else length)
     try:
         yield found
     finally:

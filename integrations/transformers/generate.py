@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from transformers.generation import logits_process as processors_of
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from ftops.generation import Generated, Loop, Options, Stream
+from ftops.generation import BeamOptions, BeamSession, Generated, Loop, Options, Stream
 from ftops.generation.options import parse
-from ftops.integrations.transformers.decoder import forget, session, unfit
+from ftops.integrations.transformers.beams import BeamCausalDecoder
+from ftops.integrations.transformers.decoder import fixed, forget, session, unfit
 from ftops.integrations.transformers.swap import Swapped, change_class, original_class, swapped_class
 
 _LOG = logging.getLogger("ftops")
@@ -80,9 +81,7 @@ class Generating(Swapped):
         if reason is None:
             options, reason = _translated(input_ids, logits_processor, stopping_criteria, generation_config)
         if reason is not None:
-            if reason not in _SAID:
-                _SAID.add(reason)
-                _LOG.warning("generate: %s; transformers' own loop does it", reason)
+            _say(reason)
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
                                    streamer=streamer, **model_kwargs)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
@@ -94,6 +93,41 @@ class Generating(Swapped):
             if streamer is not None:
                 streamer.end()
             return loop.result().sequences
+
+    def _beam_search(self, input_ids: torch.Tensor, logits_processor: list, stopping_criteria: list, generation_config: Any,
+                     synced_gpus: bool = False, **model_kwargs: Any) -> Any:
+        reason = unfit(self) or _unserved(input_ids, generation_config, synced_gpus, model_kwargs)
+        options = None
+        if reason is None and generation_config.do_sample:
+            reason = "beams that are sampled"
+        if reason is None:
+            options, reason = _translated(input_ids, logits_processor, stopping_criteria, generation_config)
+        if reason is None and (options.processors or options.criteria):
+            reason = "beams with processors or criteria of the caller's"
+        if reason is not None or not fixed(self):  # on a CPU growing caches are faster, and transformers reorders those
+            if reason is not None:
+                _say(reason)
+            return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
+                                        **model_kwargs)
+        beams = BeamOptions(generation_config.num_beams, generation_config.length_penalty, generation_config.early_stopping)
+
+        def make(model: PreTrainedModel, batch: int, capacity: int) -> BeamSession:
+            return BeamSession(BeamCausalDecoder(model, batch, capacity, beams.beams), batch, capacity, beams)
+
+        with session(self, len(input_ids), input_ids.shape[1] + _most(options), make, beams) as one:
+            # What transformers fills with: pad_token_id, unless that is 0 or None.
+            one.fill_with((options.pad_token_id or options.eos[0]) if options.eos else 0)
+            for _ in Loop(one, options, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"),
+                          _counted(input_ids, logits_processor)):
+                pass
+            return one.best(input_ids.shape[1], generation_config.num_return_sequences)
+
+
+def _say(reason: str) -> None:
+    """Once, that transformers' own loop runs."""
+    if reason not in _SAID:
+        _SAID.add(reason)
+        _LOG.warning("generate: %s; transformers' own loop does it", reason)
 
 
 def _unserved(ids: torch.Tensor, config: Any, synced: bool, given: dict[str, Any]) -> str | None:

@@ -1,0 +1,151 @@
+"""Beam search as transformers defines it, on tensors of fixed size, so that a step of it can be captured as one of sampling is.
+
+A request has K beams, rows K b to K b + K - 1. Each step keeps the best continuations of all its beams together, twice K and more, so that
+K of them go on even if others end; the K that go on each name the beam that they continue, and the decoder is told which: it keeps one
+copy of what beams share. Ended sequences compete by their log-probability over length ** length_penalty.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ftops.generation import rules
+from ftops.generation.rules import Given
+from ftops.generation.session import Decoder, Session
+
+LOST = -1.0e9  # transformers' score of what may not win
+
+
+class BeamDecoder(Decoder):
+    """A decoder that can let rows go on from what others have kept."""
+
+    def reorder(self, parents: torch.Tensor) -> None:
+        """Row r continues row parents[r], int64 [rows], both of the same request."""
+
+
+@dataclass(frozen=True)
+class BeamOptions:
+    """beams a request; how sequences of different lengths compare; when to stop: True, with K ended sequences; False, when no running one
+    would win if it ended now; "never", when none can win any more."""
+
+    beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+
+class BeamSession(Session):
+    """The state of one batch of requests, `batch` being all their beams. `news` says at every step whether all have their answers."""
+
+    decoder: BeamDecoder
+
+    def __init__(self, decoder: BeamDecoder, batch: int, capacity: int, options: BeamOptions) -> None:
+        super().__init__(decoder, batch, capacity)
+        self.options, requests, beams = options, batch // options.beams, options.beams
+        with torch.inference_mode(False):
+            device = decoder.device
+            self._score = torch.zeros((requests, beams), device=device)
+            self._best, self._best_score = self.ids.view(requests, beams, capacity).clone(), self._score.clone()
+            self._best_length = torch.zeros((requests, beams), dtype=torch.int64, device=device)
+            self._full = torch.zeros((requests, beams), dtype=torch.bool, device=device)
+            self._hopeful = torch.ones((requests, 1), dtype=torch.bool, device=device)
+            self._done = torch.zeros(1, dtype=torch.bool, device=device)
+            self._fill = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+        logits = super().prefill(ids, mask, positions)
+        self._score.fill_(LOST)[:, 0] = 0  # all beams are alike, so that the first alone continues
+        self.ids[:, ids.shape[1]:] = self._fill
+        self._best.copy_(self.ids.view_as(self._best))
+        self._best_score.fill_(LOST)
+        self._best_length.zero_()
+        self._full.zero_()
+        self._hopeful.fill_(True)
+        self._done.zero_()
+        return logits
+
+    def fill_with(self, token: int) -> None:
+        """What follows the end of a sequence. Before `prefill`."""
+        with torch.inference_mode():
+            self._fill.fill_(token)
+
+    @torch.inference_mode()
+    def choose(self, given: Given, logits: torch.Tensor, logprobs: bool) -> None:
+        """Continues the beams by logits[B K, V]."""
+        requests, beams = self._score.shape
+        words, eos = logits.shape[1], given.get("eos")
+        scores = rules.penalised(given, torch.log_softmax(logits.float(), -1), self.ids, self.filled, self.drawn)
+        scores = (scores.view(requests, beams, words) + self._score[..., None]).flatten(1)
+        keep = max(2, 1 + (0 if eos is None else len(eos))) * beams
+        score, index = torch.topk(scores, keep)
+        parent, token = index // words, index % words
+        candidates = _of(self.ids.view(requests, beams, -1), parent).index_copy(2, self.filled, token[..., None])
+        made = self.drawn + 1
+        ends = (made >= given["limit"].view(requests, beams)[:, :1]).expand_as(token)
+        if eos is not None:
+            ends = ends | (token[..., None] == eos).any(-1)
+
+        running_score = score + ends.float() * LOST
+        onward = torch.topk(running_score, beams)[1]
+        self._finish(score, candidates, ends, made)
+        self._score.copy_(_of(running_score, onward))
+        self._go_on(given, _of(parent, onward), _of(token, onward), _of(candidates, onward))
+        self._decide(given, ends)
+        self.news.copy_(torch.stack((self.tokens[:, 0], self.ended.long())))
+
+    def _finish(self, score: torch.Tensor, candidates: torch.Tensor, ends: torch.Tensor, made: torch.Tensor) -> None:
+        """The best K of the sequences that had ended and of those that end now, among the first K continuations."""
+        options = self.options
+        beams = options.beams
+        ends = ends & (torch.arange(ends.shape[1], device=ends.device) < beams)
+        score = score / made.float() ** options.length_penalty
+        if options.early_stopping is True:
+            score = score + self._full.all(-1, keepdim=True).float() * LOST
+        score = score + (~self._hopeful).float() * LOST + (~ends).float() * LOST
+        merged = torch.cat((self._best_score, score), 1)
+        order = torch.topk(merged, beams)[1]
+        lengths = torch.cat((self._best_length, made.expand_as(score)), 1)
+        for state, both in ((self._best, torch.cat((self._best, candidates), 1)), (self._best_score, merged), (self._best_length, lengths),
+                            (self._full, torch.cat((self._full, ends), 1))):
+            state.copy_(torch.where(self._done, state, _of(both, order)))
+
+    def _go_on(self, given: Given, parent: torch.Tensor, token: torch.Tensor, sequences: torch.Tensor) -> None:
+        rows = torch.arange(len(parent), device=parent.device)[:, None] * parent.shape[1]
+        parents = (parent + rows).flatten()
+        self.ids.copy_(sequences.view_as(self.ids))
+        self.tokens.copy_(token.view(-1, 1))
+        self.filled.add_(1)
+        self.drawn.add_(1)
+        for name in ("seen", "counts"):
+            if name in given:
+                given[name].copy_(given[name][parents])
+        rules.remember(given, token.flatten())
+        self.decoder.reorder(parents)
+
+    def _decide(self, given: Given, ends: torch.Tensor) -> None:
+        """Whether a running beam can still change the answer; if none can, for no request, all is done."""
+        options = self.options
+        farthest = given["limit"][:1] if options.early_stopping == "never" and options.length_penalty > 0 else self.drawn
+        reachable = self._score[:, :1] / farthest.float() ** options.length_penalty
+        worst = torch.where(self._full, self._best_score.amin(1, keepdim=True), LOST)
+        self._hopeful.logical_and_((reachable > worst).any(-1, keepdim=True))
+        over = ~self._hopeful.any() | ends.all()
+        if options.early_stopping is True:
+            over = over | self._full.all()
+        self._done.logical_or_(over)
+        self.ended.copy_(self._done.expand_as(self.ended))
+
+    def best(self, prompt: int, count: int) -> torch.Tensor:
+        """The `count` best sequences of each request, [requests count, prompt + N], best first."""
+        with torch.inference_mode():
+            length = int(self._best_length[:, :count].max())
+            found = self._best[:, :count, : prompt + length].flatten(0, 1)
+        return found.clone()
+
+
+def _of(x: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
+    """x[B,n,...] at beams[B,m] of each request: [B,m,...]."""
+    index = beams.view(*beams.shape, *(1,) * (x.dim() - 2))
+    return torch.take_along_dim(x, index, 1)
