@@ -22,6 +22,7 @@ KERNELS = (
     "rotary",
     "rotary_append",
     "sample",
+    "scale_product",
 )
 
 

@@ -169,7 +169,8 @@ def make(config: Config) -> Callable:
 
 def spec(config: Config, shared_bytes: int = 0) -> Spec:
     """shared_bytes above what is needed keep further blocks from a multiprocessor."""
-    return Spec(make, config, "ppppppllliiiiiff", threads=32 * config.warps, shared_bytes=max(shared_bytes, config.ring_bytes), dependent=True)
+    return Spec(make, config, "ppppppllliiiiiff", threads=32 * config.warps,
+                shared_bytes=max(shared_bytes, config.ring_bytes), dependent=True)
 
 
 def variants() -> Iterator[Spec]:

@@ -18,6 +18,7 @@ OPS = (
     "linear_w4a16",
     "linear_w8a16",
     "linear_fp8",
+    "linear_w8a8",
     "append_kv",
     "rotary_append",
     "attention",

@@ -23,6 +23,7 @@ from ftops.numba_kernels import (
     rotary_append,
     row_tile,
     sample,
+    scale_product,
     variants_of,
 )
 from ftops.numba_kernels.compile import Spec
@@ -60,6 +61,8 @@ def picked(name: str) -> Iterator[Spec]:
         yield from (sample.spec(sample.pick(dtype, vec)) for dtype, _, vec in rows())
     elif name == "dequantise":
         yield from (dequantise.spec(dequantise.Config(dtype)) for dtype in HALVES)
+    elif name == "scale_product":
+        yield from (scale_product.spec(scale_product.Config(dtype)) for dtype in HALVES)
     elif name == "quantise_rows":
         yield from (quantise_rows.spec(quantise_rows.Config(dtype, narrow)) for dtype in HALVES for narrow in quantise_rows.LARGEST)
     elif name == "linear_w4a16":

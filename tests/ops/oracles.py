@@ -93,12 +93,21 @@ def linear_w8a16(x, values, scales, bias=None, **options):
 
 
 def linear_fp8(x, values, scales, bias=None, **options):
-    """In 16 bits on a GPU, more than 64 rows are compared with what rounding x to e4m3 as well costs."""
     weight = (values[:, :x.shape[-1]].double() * scales.double()[:, None]).to(x.dtype)
-    if x.is_cuda and x.element_size() == 2 and x.numel() > 64 * x.shape[-1]:
-        scale = x.abs().amax(-1, keepdim=True).float() / 448
-        x = ((x / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
-    return linear(x, weight, bias, **options)
+    return linear(_in_eight_bits(x, 448, lambda x: x.to(torch.float8_e4m3fn).float()), weight, bias, **options)
+
+
+def linear_w8a8(x, values, scales, smooth=None, bias=None, **options):
+    x = x if smooth is None else (x / smooth).to(x.dtype)
+    return linear_w8a16(_in_eight_bits(x, 127, torch.round), values, scales, bias, **options)
+
+
+def _in_eight_bits(x, largest, rounded):
+    """In 16 bits on a GPU, more than 64 rows are compared with what rounding x to eight bits costs."""
+    if not x.is_cuda or x.element_size() > 2 or x.numel() <= 64 * x.shape[-1]:
+        return x
+    scale = x.abs().amax(-1, keepdim=True).float() / largest
+    return (rounded(x / scale) * scale).to(x.dtype)
 
 
 def _rows_of_a_tile(n):
@@ -233,6 +242,7 @@ def normed_and_rotated(q, k, positions, freqs, *, rotary_positions=None, q_norm=
 ORACLES = {
     "rms_norm": rms_norm, "layer_norm": layer_norm, "rotary": rotary, "gated_activation": gated_activation,
     "bias_activation": bias_activation, "linear": linear, "linear_w4a16": linear_w4a16, "linear_w8a16": linear_w8a16,
-    "linear_fp8": linear_fp8, "attention": attention, "attention_varlen": attention_varlen, "decode_attention": decode_attention,
+    "linear_fp8": linear_fp8, "linear_w8a8": linear_w8a8,
+    "attention": attention, "attention_varlen": attention_varlen, "decode_attention": decode_attention,
     "sample": sample, "rotary_append": rotary_append,
 }

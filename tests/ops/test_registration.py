@@ -13,7 +13,8 @@ CPU = torch.device("cpu")
 ONE_OF_EACH_HANDLE = (
     ("rms_norm", "llama"), ("rms_norm", "residual"), ("layer_norm", "bert"), ("layer_norm", "residual"), ("rotary", "repeated"),
     ("gated_activation", "silu"), ("bias_activation", "gelu"), ("linear", "everything"), ("linear_w4a16", "zeros"),
-    ("linear_w8a16", "everything"), ("linear_fp8", "everything"), ("append_kv", "prefill"), ("rotary_append", "qwen3"),
+    ("linear_w8a16", "everything"), ("linear_fp8", "everything"), ("linear_w8a8", "everything"),
+    ("append_kv", "prefill"), ("rotary_append", "qwen3"),
     ("attention", "everything"), ("attention_varlen", "causal"), ("decode_attention", "paged_new"),
     ("sample", "mixed"),
 )
@@ -86,7 +87,7 @@ def test_each_handle_is_compiled_once():
 @pytest.mark.parametrize(("name", "which"), [
     ("rms_norm", "llama"), ("rms_norm", "residual"), ("layer_norm", "bert"), ("rotary", "repeated"), ("gated_activation", "silu"),
     ("bias_activation", "gelu"), ("linear", "batch"), ("linear_w4a16", "row"), ("linear_w8a16", "row"), ("linear_fp8", "row"),
-    ("append_kv", "prefill"), ("rotary_append", "qwen3"), ("attention", "full"),
+    ("linear_w8a8", "row"), ("append_kv", "prefill"), ("rotary_append", "qwen3"), ("attention", "full"),
     ("decode_attention", "d64"), ("sample", "plain")])
 def test_another_batch_size_does_not_compile_again(name, which, fresh_dynamo):
     """A check that formats a size into its message makes it a constant, and a server would stall on every new batch."""

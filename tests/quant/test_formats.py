@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from ftops.packing import pack_4bit, unpack_4bit
-from ftops.quant import FORMATS, fp8, int4
+from ftops.quant import FORMATS, fp8, int4, w8a8
 from tests.accuracy import assert_accurate
 from tests.ops.calls import DTYPE_IDS
 
-BITS = {"int4": 4.125, "int8": 8 + 32 / 4096, "fp8": 8 + 32 / 4096}
+BITS = {"int4": 4.125, "int8": 8 + 32 / 4096, "fp8": 8 + 32 / 4096, "w8a8": 8 + 32 / 4096}
 
 
 def weight(N=96, K=512, dtype=torch.float32):
@@ -22,7 +22,7 @@ def half_a_step(name, weight):
     rows = wide.abs().amax(-1, keepdim=True)
     if name == "int4":
         rows = wide.view(len(wide), -1, 128).abs().amax(-1).repeat_interleave(128, 1)
-    step = {"int4": rows / 7.5, "int8": rows / 127, "fp8": torch.maximum(wide.abs() / 8, rows / 448 / 2 ** 9)}[name]
+    step = {"int4": rows / 7.5, "int8": rows / 127, "w8a8": rows / 127, "fp8": torch.maximum(wide.abs() / 8, rows / 448 / 2 ** 9)}[name]
     return step / 2 + 2 * torch.finfo(weight.dtype).eps * rows
 
 
@@ -49,6 +49,32 @@ def test_smaller_groups_lose_less():
     w = weight() * torch.randn(512).exp()
     errors = [(int4.dequantize(int4.quantize(w, size)) - w).square().mean() for size in (128, 64, 32)]
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_smoothing_moves_outliers_of_x_into_the_weight():
+    """A few columns of x a hundred times the others: rounded a row at a time, x keeps nothing of the others; smoothed it does."""
+    w, x = torch.randn(64, 512), torch.randn(100, 512)
+    x[:, ::64] *= 100
+    exact = x @ w.T
+
+    def loss(qw, x):
+        smooth = qw.tensors.get("smooth")
+        x = x if smooth is None else x / smooth
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        values = (x / scale).round() * scale
+        return (values @ (qw.tensors["values"] * qw.tensors["scales"][:, None]).T - exact).square().mean()
+    smooth = w8a8.smoothing(x.abs().amax(0), w)
+    assert loss(w8a8.quantize(w, smooth=smooth), x) < loss(w8a8.quantize(w), x) / 4
+    torch.testing.assert_close(w8a8.linear(x[:3], w8a8.quantize(w, smooth=smooth)), exact[:3], atol=5.0, rtol=0.1)
+    assert ((w8a8.dequantize(w8a8.quantize(w, smooth=smooth)) - w).abs() <= (w * smooth).abs().amax(-1, keepdim=True) / 253 / smooth).all()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_shards_of_a_smoothed_weight(dim):
+    w = weight(64, 256)
+    qw = w8a8.quantize(w, smooth=torch.rand(256) + 0.5)
+    parts = [w8a8.shard(qw, dim, index, 2) for index in range(2)]
+    assert torch.equal(torch.cat([w8a8.dequantize(part) for part in parts], dim), w8a8.dequantize(qw))
 
 
 def test_fp8_with_one_scale_for_all():
@@ -153,6 +179,9 @@ WRONG = [
     ("int4", lambda f: f.dequantize(FORMATS["int8"].quantize(weight())), ["int4: qw.format is 'int8'", "FORMATS"]),
     ("int8", lambda f: f.linear(torch.zeros(2, 512), FORMATS["int4"].quantize(weight())), ["int8: qw.format is 'int4'"]),
     ("fp8", lambda f: f.quantize(weight(), 128), ["fp8: group_size is 128", "None"]),
+    ("w8a8", lambda f: f.quantize(weight(), 128), ["w8a8: group_size is 128", "None"]),
+    ("w8a8", lambda f: f.quantize(weight(), smooth=torch.zeros(512)), ["w8a8: smooth is (512,), positive: False", "positive (512,)"]),
+    ("w8a8", lambda f: f.smoothing(torch.ones(3), weight()), ["w8a8: largest.shape is (3,)", "(512,)"]),
     ("int4", lambda f: f.shard(f.quantize(weight()), 1, 0, 8), ["int4: shape is (96, 512)", "multiple of 128", "512 / 8"]),
     ("int4", lambda f: f.shard(f.quantize(weight()), 0, 0, 2), ["int4: shape is (96, 512)", "multiple of 32", "96 / 2"]),
     ("int8", lambda f: f.shard(f.quantize(weight()), 1, 0, 3), ["int8: shape is (96, 512)", "multiple of 16", "512 / 3"]),

@@ -1,0 +1,100 @@
+"""A linear layer in 8-bit integers: y = act((x / smooth) W^T + bias) + residual, W = values * scale, one scale a row.
+
+smooth moves the outliers of activations, a column each, into the weights (Xiao et al., "SmoothQuant", 2023); W is what was multiplied
+with it. On a GPU, many rows of x / smooth are rounded to int8, one scale a row, and the library multiplies in integers; few meet the
+weights as they are, in one kernel at memory speed.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
+from ftops.ops.linear import check_beside_weight
+from ftops.ops.linear_w8a16 import LINEAR_W8A16, MAX_ROWS
+from ftops.ops.linear_w8a16 import reference as w8a16_reference
+from ftops.packing import described
+from ftops.samples import randn
+
+
+def smoothed(x: torch.Tensor, smooth: torch.Tensor | None) -> torch.Tensor:
+    """x / smooth, rounded once to x's dtype."""
+    return x if smooth is None else (x / smooth).to(x.dtype)
+
+
+def reference(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, bias: torch.Tensor | None,
+              activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return w8a16_reference(smoothed(x.to(wide), smooth), values, scales, bias, activation, residual).to(x.dtype)
+
+
+def _cpu(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+    return LINEAR_W8A16(smoothed(x, smooth), values, scales, *rest)
+
+
+def _cuda() -> Callable[..., Any]:
+    from ftops.numba_kernels.quantise_rows import launch as quantise
+    from ftops.numba_kernels.scale_product import launch as scale_product
+
+    def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+        N, width = values.shape
+        many = x.numel() > MAX_ROWS * x.shape[-1] and x.dtype is not torch.float32
+        if not many or (N | width) % 16 or not values.is_contiguous():
+            return LINEAR_W8A16(smoothed(x, smooth), values, scales, *rest)
+        x8, x_scales = quantise(x, torch.int8, smooth)
+        return scale_product(torch._int_mm(x8, values.t()), x_scales, scales, x.dtype, *rest).view(*x.shape[:-1], N)
+    return linear
+
+
+def _fake(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, bias: torch.Tensor | None,
+          activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device)
+
+
+LINEAR_W8A8 = register("linear_w8a8(Tensor x, Tensor values, Tensor scales, Tensor? smooth, Tensor? bias, str? activation, "
+                       "Tensor? residual) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake)
+_linear_w8a8 = straight(LINEAR_W8A8)
+
+
+def linear_w8a8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None = None,
+                bias: torch.Tensor | None = None, *, activation: str | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """act((x / smooth) W^T + bias) + residual for x[..., K], W = values[N, K] * scales[N] and smooth[K]; the result is contiguous.
+
+    values: int8; scales, smooth: float32; x, bias and residual of one dtype (float32, float16, bfloat16). values may have more columns
+    than x, to the next multiple of 16, which are zeros. On a GPU more than 64 rows of x, in 16 bits, are rounded to int8, one scale a
+    row, if N is a multiple of 16. Raises ValueError.
+    """
+    check_tensors("linear_w8a8", x=x, bias=bias, residual=residual)
+    check_beside("linear_w8a8", x.device, values=values, scales=scales, smooth=smooth)
+    if values.dtype is not torch.int8 or values.dim() != 2:
+        raise invalid("linear_w8a8", "values", described(values), "int8 [N, K]")
+    N, width = values.shape
+    if scales.dtype is not torch.float32 or scales.shape != (N,) or not scales.is_contiguous():
+        raise invalid("linear_w8a8", "scales", described(scales), f"contiguous float32 ({N},)")
+    K = x.shape[-1] if x.dim() else 0
+    check_beside_weight("linear_w8a8", x, N, K if 0 <= width - K < 16 else width, bias, activation, residual)
+    if smooth is not None and (smooth.dtype is not torch.float32 or smooth.shape != (K,) or not smooth.is_contiguous()):
+        raise invalid("linear_w8a8", "smooth", described(smooth), f"contiguous float32 ({K},)")
+    return _linear_w8a8(x, values, scales, smooth, bias, activation, residual)
+
+
+def cases() -> Iterator[Case]:
+    def case(name: str, shape: tuple[int, ...], N: int, smooth: bool = False, bias: bool = False, activation: str | None = None,
+             residual: bool = False) -> Case:
+        def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            K = shape[-1]
+            values = torch.nn.functional.pad(torch.randint(-127, 128, (N, K), dtype=torch.int8), (0, -K % 16)).to(device)
+            scales, columns = (torch.rand(N) + 0.5) / (100 * K ** 0.5), torch.rand(K) + 0.5
+            return (randn(shape, device, dtype), values, scales.to(device), columns.to(device) if smooth else None,
+                    randn((N,), device, dtype) if bias else None), {
+                "activation": activation, "residual": randn((*shape[:-1], N), device, dtype) if residual else None}
+        return Case(name, make)
+
+    yield case("row", (1, 1, 4096), 96)
+    yield case("everything", (3, 5, 768), 70, smooth=True, bias=True, activation="gelu", residual=True)
+    yield case("many", (70, 256), 96, bias=True, residual=True)
+    yield case("many_everything", (5, 20, 200), 80, smooth=True, bias=True, activation="silu", residual=True)
+    yield case("many_odd", (80, 111), 33, smooth=True, bias=True, activation="relu")
+    yield case("empty", (0, 64), 8, bias=True)
