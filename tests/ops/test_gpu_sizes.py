@@ -106,6 +106,17 @@ def test_cache_past_two_billion_elements(paged, dim):
     assert_accurate(ours, ORACLES["decode_attention"](*in_float64(sample), **options), ORACLES["decode_attention"](*sample, **options))
 
 
+@pytest.mark.parametrize("dim", [0, 1], ids=["batch", "sequence"])
+def test_rotary_append_with_strides_past_two_billion(dim):
+    needs(20)
+    qkv, caches = far_apart((2, 3, 8, 64), dim, 0), [far_apart((2, 16, 2, 64), dim, seed) for seed in (1, 2)]
+    positions, inv_freq = torch.tensor([[3, 4, 5], [13, 14, 15]], device=CUDA), torch.rand(32, device=CUDA)
+    results = [(ftops.ops.rotary_append(*packed.split((4, 2, 2), 2), *kept, positions, inv_freq), *kept)
+               for packed, kept in ((qkv.contiguous(), [cache.contiguous() for cache in caches]), (qkv, caches))]
+    for near, far in zip(*results, strict=True):
+        assert torch.equal(near, far)
+
+
 def sample_of_many_rows(name):
     def randn(*shape):
         return torch.randn(shape, device=CUDA, dtype=BF16)
