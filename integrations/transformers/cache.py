@@ -69,7 +69,7 @@ class PagedLayer(DynamicLayer):
                  shared: int) -> None:
         super().__init__()
         self.k, self.v, self.page_table, self.places, self.lengths, self.shared = k, v, page_table, places, lengths, shared
-        self.stepping, self.is_initialized = False, True
+        self.keys, self.values, self.stepping, self.is_initialized = k, v, False, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object,
                **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:

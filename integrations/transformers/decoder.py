@@ -16,6 +16,7 @@ from ftops.integrations.transformers.layer import FusedLayer
 _SESSIONS: weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[tuple, Session]]] = weakref.WeakKeyDictionary()
 Make = Callable[[PreTrainedModel, int, int], Session]  # from the batch size and the most tokens a row
 STEP = 256  # tokens by which a cache is longer or shorter than another
+KEPT = 0.1  # of a device's memory that a cache may take while nothing is generated
 
 
 class CausalDecoder:
@@ -76,6 +77,14 @@ class CausalDecoder:
     def shape(self) -> tuple[object, ...]:
         return (self._padded,)
 
+    def release(self) -> bool:
+        """After a generation: whether its memory may wait for the next one. A cache that grows is let go here."""
+        if not self._fixed:
+            self._cache = None
+            return True
+        held = sum(tensor.nbytes for layer in self._cache.layers for tensor in (layer.keys, layer.values) if tensor is not None)
+        return not self.capturable or held <= KEPT * torch.cuda.get_device_properties(self.device).total_memory
+
     def _run(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, **options: Any) -> torch.Tensor:
         return self._model()(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
                              **options).logits[:, -1]
@@ -113,11 +122,11 @@ def _plain(model: PreTrainedModel, batch: int, capacity: int) -> Session:
 def session(model: PreTrainedModel, batch: int, length: int, make: Make = _plain, kind: object = None) -> Iterator[Session]:
     """A session for `batch` rows of `length` tokens: the last one, with its graphs, if it fits and nothing about the model has changed.
 
-    make: how a new one is made, by which those of one `kind` are.
+    make: how a new one is made, by which those of one `kind` are. One whose cache takes more than KEPT of the memory is not kept.
     """
-    # Graphs hold addresses of weights; hooks draw a number each when they are registered, and a replay would not call them.
-    now = (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), torch.utils.hooks.RemovableHandle.next_id,
-           model.training, model.dtype, kind)
+    # What a graph has taken for granted: addresses of weights, layers as they are, and nobody's hooks, which a replay would not call.
+    now = (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), fixed(model), model.training, model.dtype, kind,
+           *(module._ftops.disturbed() for module in model.modules() if isinstance(module, FusedLayer)))
     kept = _SESSIONS.pop(model, [])
     found = next((one for seen, one in kept
                   if seen == now and one.batch == batch and length <= one.capacity <= max(2 * length, STEP)), None)
@@ -127,7 +136,8 @@ def session(model: PreTrainedModel, batch: int, length: int, make: Make = _plain
     try:
         yield found
     finally:
-        _SESSIONS[model] = [(now, found)]
+        if found.decoder.release():
+            _SESSIONS[model] = [(now, found)]
 
 
 def forget(model: PreTrainedModel) -> None:

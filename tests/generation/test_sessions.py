@@ -110,6 +110,25 @@ def test_a_step_is_one_graph(family):
 
 
 @pytest.mark.gpu
+def test_a_large_cache_is_not_kept(monkeypatch):
+    model = ftops.patch(tiny("llama", "cuda"))
+    monkeypatch.setattr(decoder, "KEPT", 0.0)
+    theirs = run(tiny("llama", "cuda"))
+    assert run(model) == run(model) == theirs
+    assert model not in decoder._SESSIONS
+
+
+@pytest.mark.gpu
+def test_a_layer_that_is_changed_later_is_seen():
+    """A forward that somebody puts inside a fused layer would be passed by in a replay."""
+    model, fresh = ftops.patch(tiny("llama", "cuda")), tiny("llama", "cuda")
+    run(model)
+    for one in (model, fresh):
+        one.model.layers[1].mlp.forward = torch.zeros_like
+    assert run(model) == run(fresh)
+
+
+@pytest.mark.gpu
 def test_a_hook_that_comes_later_is_called():
     """A replay would pass it by."""
     model, calls = ftops.patch(tiny("llama", "cuda")), []
