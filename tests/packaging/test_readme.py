@@ -19,7 +19,7 @@ def test_every_example_runs(wheel, tmp_path):
     """The Python ones in a namespace each; the commands of ftops; and what is shown as output is what they print."""
     python, _ = environment(tmp_path / "venv")
     install(python, wheel)
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
     code = "".join(f"exec(compile({text!r}, 'README example {number}', 'exec'), {{}})\n" for number, text in enumerate(PYTHON, 1))
     shown = run(python, "-c", code, cwd=tmp_path, HF_HUB_OFFLINE="1").stdout
     lines = {line.rstrip() for line in shown.splitlines()}
