@@ -59,8 +59,8 @@ class Loop:
         attentive = bool(options.processors or options.criteria)
         reader = Reader(session, depth=2)
         given = rules.build(options, self._ids, self._counted, session.decoder.words)
-        given, graph = session.adopt(given, self._logprobs, not attentive)
         logits = session.prefill(self._ids, self._mask, self._positions)
+        given, graph = session.adopt(given, self._logprobs, not attentive)  # after the prompt, which says whether there is padding
         for count in range(self._limit):
             if count and graph is not None:
                 graph.graph.replay()

@@ -41,6 +41,16 @@ def test_a_layer_that_falls_back_in_a_step(device, dtype, monkeypatch):
     assert ftops.report(model).fallbacks >= 20
 
 
+def test_a_graph_is_looked_up_for_the_prompt_at_hand(monkeypatch):
+    """Not for the one before, whose padding a graph would go on hiding."""
+    looked = []
+    monkeypatch.setattr(decoder.Session, "adopt", lambda self, given, *_: (looked.append(self.decoder.shape()), (given, None))[1])
+    model = ftops.patch(tiny("llama"))
+    for padding in ("left", None, None, "left"):
+        run(model, padding=padding)
+    assert looked == [(True,), (False,), (False,), (True,)]
+
+
 @IN_FLOAT32
 def test_the_next_call_starts_afresh(device, dtype, loops):
     """Nothing of a call is left in what the next one uses again: not tokens, padding, penalties, nor the model's old weights."""
