@@ -40,7 +40,7 @@ class Config:
 
 def make(config: Config) -> Callable:
     vec, item, each, units_n = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec), 1 if config.vec > 1 else 4
-    n_words, n_angles, n_values = 2 * each * units_n, vec * units_n, 2 * vec * units_n
+    n_words, n_angles, n_values, n_pair = 2 * each * units_n, vec * units_n, 2 * vec * units_n, 2 * vec
     _, store = make_io(config.dtype, vec)
     unpack, pack = make_convert(config.dtype, vec)
     table = make_table(config.dtype, vec)
@@ -198,25 +198,27 @@ def make(config: Config) -> Callable:
         gather(weight_gl, weight_gl != 0, lane, half, units, head_dim, interleaved, weights)
 
         values = cuda.local.array(n_values, np.float32)
-        factors = cuda.local.array(vec, np.float32)
+        factors = cuda.local.array(n_pair, np.float32)
         done = np.int32(0)
         while done < heads_a_team:
             for j in range(n_words):
                 words[j] = ahead[j]
             x_gl += x_head
             gather(x_gl, np.int32(done + 1) < count, lane, half, units, head_dim, interleaved, ahead)
-            for j in range(2 * units_n):
-                unpack(words, each * j, values, vec * j)
+            for j in range(units_n):
+                unpack(words, 2 * each * j, values, 2 * vec * j)
+                unpack(words, 2 * each * j + each, values, 2 * vec * j + vec)
             if (q_norm_gl | k_norm_gl) != 0:
                 square = zero
                 for j in range(n_values):
                     square = ptx.fma(values[j], values[j], square)
                 norm = rsqrt(ptx.fma(over_team(square, shift), over_dim, eps))
                 if weight_gl != 0:
-                    for j in range(2 * units_n):
-                        unpack(weights, each * j, factors, 0)
-                        for n in range(vec):
-                            values[vec * j + n] *= norm * (offset + factors[n])
+                    for j in range(units_n):
+                        unpack(weights, 2 * each * j, factors, 0)
+                        unpack(weights, 2 * each * j + each, factors, vec)
+                        for n in range(2 * vec):
+                            values[2 * vec * j + n] *= norm * (offset + factors[n])
             if done < count and slot >= 0:
                 scale = inverse = one
                 if cache_kind != SAME and not of_q:
