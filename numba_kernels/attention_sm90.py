@@ -277,7 +277,6 @@ def spec(config: Config) -> Spec:
 
 def variants() -> Iterator[Spec]:
     """Every variant that `pick` can give."""
-    for dtype in ("float16", "bfloat16"):
-        for head_dim in HEAD_DIMS:
-            for extras in (False, True):
-                yield spec(pick(dtype, head_dim, extras))
+    picked = (pick(dtype, head_dim, extras, short) for dtype in ("float16", "bfloat16") for head_dim in HEAD_DIMS
+              for extras in (False, True) for short in (False, True))
+    yield from map(spec, dict.fromkeys(picked))

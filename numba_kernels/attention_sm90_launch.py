@@ -20,9 +20,9 @@ _STOCK: dict[int, tuple[torch.Tensor, Iterator[int]]] = {}
 
 
 @functools.cache
-def kernel(dtype: torch.dtype, dim: int, extras: bool, device: int) -> Kernel:
+def kernel(dtype: torch.dtype, dim: int, extras: bool, short: bool, device: int) -> Kernel:
     """Raises RuntimeError during graph capture, unless it was asked for before."""
-    loaded = load(spec(pick(DTYPE_NAME[dtype], next(d for d in HEAD_DIMS if d >= dim), extras)), device)
+    loaded = load(spec(pick(DTYPE_NAME[dtype], next(d for d in HEAD_DIMS if d >= dim), extras, short)), device)
     if device not in _STOCK:
         _STOCK[device] = torch.zeros(1 << 16, 2, dtype=torch.int32, device=f"cuda:{device}"), itertools.count()
     return loaded

@@ -9,6 +9,7 @@ import pytest
 from ftops.numba_kernels import (
     KERNELS,
     attention_plain,
+    attention_sm90,
     bias_activation,
     decode_mma,
     dequantise,
@@ -73,6 +74,8 @@ def picked(name: str) -> Iterator[Spec]:
         for module in {sys.modules[spec.make.__module__] for spec in variants_of(name)} - {attention_plain}:
             yield from (module.spec(module.pick(dtype, next(d for d in module.HEAD_DIMS if d >= dim), extras))
                         for dtype in HALVES for dim in range(1, 257) for extras in (False, True))
+        yield from (attention_sm90.spec(attention_sm90.pick(dtype, dim, extras, True)) for dtype in HALVES
+                    for dim in attention_sm90.HEAD_DIMS for extras in (False, True))
     elif name == "decode_attention":
         yield from (decode_mma.spec(decode_mma.pick(dtype, cache, dim, queries)) for dtype in HALVES
                     for cache in ("16-bit", "int8", "float8_e4m3fn") for dim in range(1, 257) for queries in range(1, 129))
