@@ -11,7 +11,7 @@ import torch
 
 from ftops.numba_kernels import decode_combine, decode_mma, decode_plain
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.decode_common import GRID_Y, LOG2E
+from ftops.numba_kernels.decode_common import GRID_Y, LOG2E, inverse
 from ftops.numba_kernels.launch import Kernel, capability, empty_like, load, multiprocessors
 from ftops.numba_kernels.narrow import NARROW_NAME
 from ftops.numba_kernels.rows import DTYPE_NAME
@@ -152,7 +152,7 @@ def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length
     kernel(splits, min(blocks, GRID_Y), -(-blocks // GRID_Y), q_at, k_at, v_at, lengths.data_ptr(), table_at, bias_at, slopes_at,
            k_scale_at, v_scale_at, out_at, partial_at, lse_at, q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head,
            k_page, k_slot, k_head, v_page, v_slot, v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks,
-           window, kinds, fixed, scale, cap)
+           window, kinds, fixed, inverse(page_size), inverse(row_tiles), inverse(kv_heads), inverse(group), scale, cap)
     if combine:
         shift = max(3, (width // 4 - 1).bit_length())
         combine(lines, 1, 1, partial_at, lse_at, out_at, splits, head_dim, shift, kinds >> 2)

@@ -1,6 +1,7 @@
 """What the kernels of decode_attention share: their parameters, a block's range of keys, options of the score, and the result's rows."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -8,10 +9,23 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 
-SIGNATURE = "pppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiiiii" + "ff"
+SIGNATURE = "pppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiiiii" + "llll" + "ff"
 LOG2E = 1.4426950408889634
 GRID_Y = 32768  # a grid has at most 65535 blocks along y: the rest goes along z
 LOWEST = -1e29  # a finite bias, however low, keeps its key: a row of nothing but the dtype's minimum attends evenly
+
+
+@functools.cache
+def inverse(divisor: int) -> int:
+    """What `divide` takes in place of a divisor: a factor below 2 ** 32, and above it how far to shift (Granlund & Montgomery, 1994)."""
+    shift = 31 + (divisor - 1).bit_length()
+    return (1 << shift) // divisor + 1 | shift << 32
+
+
+@cuda.jit(device=True, forceinline=True)
+def divide(n, by):
+    """n // divisor for n below 2 ** 31, by = inverse(divisor): 3 instructions. A division is 20, one waiting for the other."""
+    return np.uint32((np.uint64(np.uint32(n)) * np.uint64(np.uint32(by))) >> np.uint64(by >> 32))
 
 
 def make_key_range(tile: int) -> Callable:
@@ -42,18 +56,18 @@ def make_key_range(tile: int) -> Callable:
 
 
 @cuda.jit(device=True, forceinline=True)
-def block_of(row_tiles, kv_heads):
+def block_of(row_tiles, kv_heads, per_row_tile, per_kv_head):
     """(batch, kv_head, row tile, split) of a block. Neighbours are splits, then row tiles, which read the same keys, then kv heads."""
     index = np.uint32(cuda.blockIdx.y) + np.uint32(cuda.blockIdx.z) * np.uint32(GRID_Y)
-    pair = ptx.div_u32(index, row_tiles)
-    batch = np.int64(ptx.div_u32(pair, kv_heads))
+    pair = divide(index, per_row_tile)
+    batch = np.int64(divide(pair, per_kv_head))
     return batch, np.int64(pair) - batch * kv_heads, np.int64(index) - np.int64(pair) * row_tiles, np.int32(cuda.blockIdx.x)
 
 
 @cuda.jit(device=True, forceinline=True)
-def row_of(row, kv_head, group):
+def row_of(row, kv_head, group, per_group):
     """(token, head) of a row: rows are new tokens x the query heads of one kv head."""
-    token = np.int64(ptx.div_u32(row, group))
+    token = np.int64(divide(row, per_group))
     return token, kv_head * group + row - token * group
 
 

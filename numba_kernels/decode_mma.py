@@ -48,12 +48,13 @@ def make(config: Config) -> Callable:
 
     def decode_mma(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
                    q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head, v_page, v_slot,
-                   v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window, kinds, fixed, scale, cap):
+                   v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window, kinds, fixed,
+                   per_page, per_row_tile, per_kv_head, per_group, scale, cap):
         shared_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
         g, t = lane >> 2, lane & 3
-        batch, kv_head, row_tile, split = block_of(row_tiles, kv_heads)
+        batch, kv_head, row_tile, split = block_of(row_tiles, kv_heads, per_row_tile, per_kv_head)
         if (batch * kv_heads + kv_head) * row_tiles + row_tile >= blocks:
             return
         first_row, splits = row_tile * rows_a_block, np.int32(cuda.gridDim.x)
@@ -74,7 +75,7 @@ def make(config: Config) -> Callable:
         for i in range(stages):
             page[i], slot[i] = absent, absent
             if np.int32(low + i) < high:
-                page[i], slot[i] = lookup(table_gl, batch, min(np.int32(key + i * tile_keys), last), page_size)
+                page[i], slot[i] = lookup(table_gl, batch, min(np.int32(key + i * tile_keys), last), page_size, per_page)
         for i in range(stages - 1):
             if np.int32(low + i) < high:
                 copy_keys(k_gl, v_gl, ring_sh + i * (2 * half_stage), bits_sh + 4 * i, lane, key < length and page[i] < pages,
@@ -88,7 +89,7 @@ def make(config: Config) -> Callable:
             scale *= ptx.ld_written_f32(np.int64(k_scale_gl) + 4 * kv_head)
             value_scale = ptx.ld_written_f32(np.int64(v_scale_gl) + 4 * kv_head)
         q_sh, factor_sh = shared_sh + q_offset, shared_sh + factors_offset
-        token, head = row_of(first_row + thread // q_threads, kv_head, group)
+        token, head = row_of(first_row + thread // q_threads, kv_head, group, per_group)
         q_gl = np.int64(q_gl) + 2 * (batch * q_batch + token * q_new + head * q_head)
         stage_q(q_gl, q_sh, factor_sh, thread, token < new, head_dim, scale, kinds >> 2)
         cuda.syncthreads()
@@ -104,7 +105,7 @@ def make(config: Config) -> Callable:
         for r in range(n_row):
             row = 8 * (r >> 1) + (r & 1) + 2 * t
             factor[r] = scale if wide else ptx.ld_shared_f32(factor_sh + 4 * row)
-            token, head = row_of(min(first_row + row, new * group - 1), kv_head, group)
+            token, head = row_of(min(first_row + row, new * group - 1), kv_head, group, per_group)
             position[r], bias_row[r], slope[r] = length - new + token, 0, zero
             if bias_gl != 0:
                 at = batch * bias_batch + head * bias_head + token * bias_new
@@ -130,7 +131,7 @@ def make(config: Config) -> Callable:
                           key < length and page_on < pages, page_on * k_page + slot_on * k_slot, page_on * v_page + slot_on * v_slot,
                           real_units)
                 key = np.int32(key + tile_keys)
-                page_on, slot_on = lookup(table_gl, batch, min(key, last), page_size)  # there by the next turn
+                page_on, slot_on = lookup(table_gl, batch, min(key, last), page_size, per_page)  # there by the next turn
                 filling = zeroth if filling == last_stage else np.int32(filling + 1)
             ptx.cp_async_commit()
             wait_for_oldest()
@@ -158,7 +159,7 @@ def make(config: Config) -> Callable:
                         x[i] += load_bias(bias_row[2 * (i >> 2) + (i & 1)], first + row, bias_key, kinds & 3)
             if slopes_gl != 0:
                 for i in range(n_x):
-                    behind = position[2 * (i >> 2) + (i & 1)] - first - g - 8 * ((i >> 1) & 1)
+                    behind = np.int32(position[2 * (i >> 2) + (i & 1)] - first - g - 8 * ((i >> 1) & 1))
                     x[i] -= slope[2 * (i >> 2) + (i & 1)] * abs(np.float32(behind))
             if bits != all_keys or np.int32(first + (KEYS - 1)) > certain or (window >= 0 and first < np.int32(last - window)):
                 for i in range(n_x):
@@ -200,7 +201,7 @@ def make(config: Config) -> Callable:
                     weight *= value_scale
                     a, b = ptx.fma(weight, ptx.bits_f32(part[0]), a), ptx.fma(weight, ptx.bits_f32(part[1]), b)
                     c, d = ptx.fma(weight, ptx.bits_f32(part[2]), c), ptx.fma(weight, ptx.bits_f32(part[3]), d)
-                token, head = row_of(first_row + row, kv_head, group)
+                token, head = row_of(first_row + row, kv_head, group, per_group)
                 line = (batch * new + token) * kv_heads * group + head
                 store_result(a, b, c, d, highest, whole, line, column, head_dim, split, splits, np.int64(out_gl), np.int64(partial_gl),
                              np.int64(lse_gl), kinds >> 2)

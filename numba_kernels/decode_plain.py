@@ -13,7 +13,7 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of, store_result
+from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, divide, load_bias, make_key_range, row_of, store_result
 
 CACHES = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn")
 WARPS, KEYS, PARTS = 4, 4, 8  # of a block; of a warp's turn; of 32 lanes in the largest head_dim
@@ -58,16 +58,16 @@ def make(config: Config) -> Callable:
 
     def decode_plain(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
                      q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head, v_page, v_slot,
-                     v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window, kinds, fixed, scale,
-                     cap):
+                     v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window, kinds, fixed,
+                     per_page, per_row_tile, per_kv_head, per_group, scale, cap):
         shared_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
-        batch, kv_head, row, split = block_of(row_tiles, kv_heads)
+        batch, kv_head, row, split = block_of(row_tiles, kv_heads, per_row_tile, per_kv_head)
         if (batch * kv_heads + kv_head) * row_tiles + row >= blocks:
             return
         ptx.launch_dependents()
         splits, kind = np.int32(cuda.gridDim.x), kinds >> 2
-        token, head = row_of(row, kv_head, group)
+        token, head = row_of(row, kv_head, group, per_group)
         length = np.int32(ptx.ld_global_32(np.int64(lengths_gl) + 4 * batch))
         length, start, low, high = key_range(length, capacity, new, window, split, splits, fixed)
         position = length - new + token
@@ -100,7 +100,7 @@ def make(config: Config) -> Callable:
                 key = start + tile * tile_keys + warp * KEYS + u
                 page, slot, seen = batch, np.int64(key), key < length and key <= position and (window < 0 or key >= position - window)
                 if seen and table_gl != 0:
-                    index = np.int64(ptx.div_u32(key, page_size))
+                    index = np.int64(divide(key, per_page))
                     page, slot = np.int64(ptx.ld_global_32(np.int64(table_gl) + 4 * (batch * table_row + index))), key - index * page_size
                     seen = page < pages
                 at[u] = -1

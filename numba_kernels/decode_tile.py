@@ -12,6 +12,7 @@ import numpy as np
 from numba import cuda
 
 from ftops.numba_kernels import ptx
+from ftops.numba_kernels.decode_common import divide
 from ftops.numba_kernels.narrow import make_widen
 
 KEYS = 16  # keys a warp takes at a time: the k of one mma of p v
@@ -65,11 +66,11 @@ def lanes_a_row(units: int) -> int:
 
 
 @cuda.jit(device=True, forceinline=True)
-def lookup(table_gl, batch, key, page_size):
+def lookup(table_gl, batch, key, page_size, per_page):
     """(page, slot) of a key. A contiguous cache is a pool of one page a sequence."""
     page, slot = np.uint32(batch), np.uint32(key)
     if table_gl != 0:
-        index = ptx.div_u32(key, page_size)
+        index = divide(key, per_page)
         page, slot = ptx.ld_written_32(table_gl + 4 * np.int64(index)), np.uint32(key - index * page_size)
     return page, slot
 
