@@ -6,7 +6,7 @@
 
     mlp(n) = down(act(gate(n)) * up(n)) if gated, else down(act(up(n)))
 
-Each residual sum is one pass with the norm that follows it; q, k, v are one linear, and so are gate and up.
+Each residual sum is one pass with the norm that follows it, or with the linear before it; q, k, v are one linear, and so are gate and up.
 """
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from ftops import ops
+from ftops.quant import FORMATS, QuantizedWeight
 
 # attend(q[B,S,H,D], k[B,S,Hkv,D], v) -> [B,S,H,D]: the caller's, because it knows where earlier keys are kept and what is hidden.
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -67,13 +67,15 @@ class Norm:
 
 @dataclass(frozen=True)
 class Linear:
-    """weight [out, in], in any memory order."""
+    """weight [out, in], in any memory order, or quantised."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | QuantizedWeight
     bias: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def __call__(self, x: torch.Tensor, activation: str | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(self.weight, QuantizedWeight):
+            return FORMATS[self.weight.format].linear(x, self.weight, self.bias, activation=activation, residual=residual)
+        return ops.linear(x, self.weight, self.bias, activation=activation, residual=residual)
 
 
 @dataclass(frozen=True)
@@ -105,26 +107,26 @@ class Block:
             h, _ = self._norm(w.norm1, self._attention(x, attend, positions, freqs), residual=x)
             return self._norm(w.norm2, self._mlp(h), residual=h)[0]
         n = self._norm(w.norm1, x)
-        attended = self._attention(n, attend, positions, freqs)
         if self.spec.order == "parallel":
-            return attended + self._mlp(n) + x
-        n, h = self._norm(w.norm2, attended, residual=x)
-        return h + self._mlp(n)
+            return self._mlp(n, residual=self._attention(n, attend, positions, freqs, residual=x))
+        n, h = self._norm(w.norm2, self._attention(n, attend, positions, freqs), residual=x)
+        return self._mlp(n, residual=h)
 
     def _norm(self, norm: Norm, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if self.spec.norm == "rms":
             return ops.rms_norm(x, norm.weight, self.spec.eps, residual=residual)
         return ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps, residual=residual)
 
-    def _attention(self, x: torch.Tensor, attend: Attend | Slots, positions: torch.Tensor | None, freqs: Freqs | None) -> torch.Tensor:
+    def _attention(self, x: torch.Tensor, attend: Attend | Slots, positions: torch.Tensor | None, freqs: Freqs | None,
+                   residual: torch.Tensor | None = None) -> torch.Tensor:
         spec, w = self.spec, self.weights
         # Not unflatten and Tensor.split, which are Python around the same two calls.
         heads = w.qkv(x).view(*x.shape[:-1], -1, spec.head_dim)
         q, k, v = torch.split_with_sizes(heads, (spec.heads, spec.kv_heads, spec.kv_heads), -2)
         if isinstance(attend, Slots):
-            return w.out(self._decode(q, k, v, attend, positions, freqs).flatten(-2))
+            return w.out(self._decode(q, k, v, attend, positions, freqs).flatten(-2), residual=residual)
         q, k = self._rotated(q, k, positions, freqs)
-        return w.out(attend(q, k, v).flatten(-2))
+        return w.out(attend(q, k, v).flatten(-2), residual=residual)
 
     def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: Slots, positions: torch.Tensor | None,
                 freqs: Freqs | None) -> torch.Tensor:
@@ -150,10 +152,8 @@ class Block:
             q, k = ops.rotary(q, k, positions, freqs, interleaved=spec.rotary == "interleaved", rotary_dim=spec.rotary_dim)
         return q, k
 
-    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+    def _mlp(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         spec, w = self.spec, self.weights
         if spec.gated:
-            return w.down(ops.gated_activation(w.up(x), spec.activation))
-        if x.is_cpu:  # the libraries there add a bias in passing; added apart it took 4 % of MiniLM's time
-            return w.down(ops.bias_activation(w.up(x), None, spec.activation))
-        return w.down(ops.bias_activation(F.linear(x, w.up.weight), w.up.bias, spec.activation))
+            return w.down(ops.gated_activation(w.up(x), spec.activation), residual=residual)
+        return w.down(w.up(x, activation=spec.activation), residual=residual)

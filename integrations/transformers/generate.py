@@ -142,6 +142,8 @@ def _unserved(ids: torch.Tensor, config: Any, synced: bool, given: dict[str, Any
         return f"cache_implementation={config.cache_implementation!r}"
     if getattr(given.get("past_key_values"), "_is_user_defined", False):
         return "past_key_values of the caller's"
+    if config.compile_config is not None:
+        return "compile_config"
     if config.prefill_chunk_size is not None:
         return "prefill_chunk_size"
     if config.is_assistant:

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from transformers import (
+    CompileConfig,
     DynamicCache,
     LogitsProcessorList,
     MaxTimeCriteria,
@@ -98,7 +99,8 @@ def test_criteria_of_the_callers_own(loops):
 
 FALLBACKS = {
     "return_dict_in_generate": {"return_dict_in_generate": True}, "use_cache": {"use_cache": False},
-    "prefill_chunk_size": {"prefill_chunk_size": 5}, "past_key_values": {"past_key_values": DynamicCache()},
+    "compile_config": {"compile_config": CompileConfig(backend="eager")}, "prefill_chunk_size": {"prefill_chunk_size": 5},
+    "past_key_values": {"past_key_values": DynamicCache()},
 }
 
 
