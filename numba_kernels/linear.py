@@ -1,10 +1,9 @@
 """linear on the GPU for few rows of x: out = act(x W^T + bias) + residual, one pass over the weights W[N, K] as they lie. sm_80 and up.
 
-W is 16 bits, or int8 or float8 e4m3 with a scale a row. A block takes 16 rows of W and `batch` of x, and splits K over its warps (see
-linear_tile.py); a warp copies 128 or 256 neighbouring bytes of a row at once, which the memory serves a sixth faster than 64. x goes to
-registers a stage ahead: when the memory is busy, what L2 holds comes late too. On sm_90 the first bytes are asked into L2 while the
-kernel before still runs; the copies themselves wait for its end, so that weights which that kernel writes are read as they should be.
-Floor: bytes of the weights / read bandwidth.
+W is 16 bits, or int8 or float8 e4m3 with a scale a row. A block takes 16 rows of W and `batch` of x at a time, and splits K over its warps
+(see linear_tile.py); a warp copies 128 or 256 neighbouring bytes of a row at once, which the memory serves a sixth faster than 64. On
+sm_90 the first bytes are asked into L2 while the kernel before still runs; the copies themselves wait for its end, so that weights which
+that kernel writes are read as they should be. Floor: bytes of the weights / read bandwidth.
 """
 from __future__ import annotations
 
@@ -20,12 +19,13 @@ from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.linear_dequantise import make_rows
-from ftops.numba_kernels.linear_tile import aligned_x, form_of, make_finish, spread
+from ftops.numba_kernels.linear_tile import STAGE_K, X_ROW_BYTES, aligned_x, form_of, make_finish, make_x, spread
 from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
 
-TILE_ROWS, STAGE_K = 16, 128  # rows of W a block; values of k a stage of a warp
+TILE_ROWS = 16  # of W a block takes at a time
 PIECE_BYTES = 64  # of a row that the four lanes t of a fragment load at once
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
+RESIDENT_WARPS = 16  # of a multiprocessor, by registers
 BATCHES = {"16-bit": (8, 16), "int8": (8, 16, 32), "e4m3": (8, 16, 32)}
 
 
@@ -37,19 +37,28 @@ class Config:
     dtype: str
     batch: int
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
 
     @property
     def item(self) -> int:
         return 2 if self.kind == "16-bit" else 1
 
     @property
-    def stage_bytes(self) -> int:
+    def x_offset(self) -> int:
+        """In a stage, behind the weights."""
         return TILE_ROWS * STAGE_K * self.item
 
     @property
-    def ring_bytes(self) -> int:
+    def stage_bytes(self) -> int:
+        return self.x_offset + X_ROW_BYTES * self.batch
+
+    @property
+    def sums_offset(self) -> int:
         return self.warps * self.stages * self.stage_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.sums_offset + 2 * self.warps * 4 * TILE_ROWS * self.batch
 
 
 def pick(kind: str, dtype: str, rows: int) -> Config:
@@ -60,13 +69,14 @@ def pick(kind: str, dtype: str, rows: int) -> Config:
 def make(config: Config) -> Callable:
     item, warps, stages, batch, stage_bytes = config.item, config.warps, config.stages, config.batch, config.stage_bytes
     batch_tiles, warp_bytes, last_stage, row_bytes, step_k = batch // 8, stages * stage_bytes, stages - 1, STAGE_K * item, STAGE_K * warps
-    lanes_a_row, piece_k, lane_k, step_bytes = row_bytes // 16, PIECE_BYTES // item, 16 // item, row_bytes * warps
-    rows_at_once, pieces, x_words, step_shift = 32 // lanes_a_row, row_bytes // PIECE_BYTES, 8 // item, step_k.bit_length() - 1
-    n_acc, n_x, second = 8 * batch_tiles, x_words * batch_tiles * pieces, 4 * batch_tiles
-    mma, wait_for_oldest, zero, nothing = ptx.MMA[config.dtype], ptx.CP_ASYNC_WAIT[last_stage], np.float32(0), np.uint32(0)
-    scaled, products = item == 1, x_words // 2
-    fragment = make_rows(config.kind, config.dtype)
-    finish = make_finish(config.dtype, batch, TILE_ROWS, warps, warp_bytes)
+    lanes_a_row, lane_k, step_bytes, x_step, x_words = row_bytes // 16, 16 // item, row_bytes * warps, X_ROW_BYTES * warps, 8 // item
+    rows_at_once, pieces, step_shift = 32 // lanes_a_row, row_bytes // PIECE_BYTES, step_k.bit_length() - 1
+    x_offset, sums_offset, sums_bytes = config.x_offset, config.sums_offset, 4 * TILE_ROWS * batch * warps
+    n_acc, n_x, n_x_at, second = 8 * batch_tiles, x_words * batch_tiles, 2 * batch_tiles, 4 * batch_tiles
+    mma, wait_for_oldest, zero, start = ptx.MMA[config.dtype], ptx.CP_ASYNC_WAIT[last_stage], np.float32(0), np.int32(0)
+    scaled, products, unit = item == 1, x_words // 2, 64 if item == 2 else 16  # of x: bytes between a lane's accesses
+    fragment, (copy_x, place_x) = make_rows(config.kind, config.dtype), make_x(batch, unit)
+    finish = make_finish(config.dtype, batch, TILE_ROWS, warps)
 
     @cuda.jit(device=True, forceinline=True)
     def copy(stage_sh, w_gl, jump, below, left):
@@ -78,16 +88,13 @@ def make(config: Config) -> Callable:
                 w_gl += jump
 
     @cuda.jit(device=True, forceinline=True)
-    def load_x(x_at, left, x):
-        """A stage's x; zeros beyond K."""
-        for p in range(pieces):
-            for j in range(batch_tiles):
-                for half in range(x_words // 4):
-                    at = x_words * (batch_tiles * p + j) + 4 * half
-                    for i in range(4):
-                        x[at + i] = nothing
-                    if left > piece_k * p + 8 * half:
-                        x[at], x[at + 1], x[at + 2], x[at + 3] = ptx.ld_written_128(x_at[j] + 2 * piece_k * p + 16 * half)
+    def load_x(p, x_at, x):
+        """A piece's fragments."""
+        for j in range(batch_tiles):
+            for a in range(x_words // 4):
+                number, at = p if item == 2 else a, x_words * j + 4 * a
+                x_sh = np.int32(x_at[2 * j + (number & 1)] + unit * number + (0 if item == 2 else 2 * PIECE_BYTES * p))
+                x[at], x[at + 1], x[at + 2], x[at + 3] = ptx.ld_shared_128(x_sh)
 
     def linear(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, w_stride, residual_stride, rows, N, K, width, form, linear,
                cubic):
@@ -95,74 +102,91 @@ def make(config: Config) -> Callable:
         thread = np.int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
         g, t, row, column = lane >> 2, lane & 3, lane // lanes_a_row, lane % lanes_a_row
-        first, first_x = np.int32(TILE_ROWS * np.int32(cuda.blockIdx.y)), np.int32(batch * np.int32(cuda.blockIdx.x))
-        last, w_row = np.int32(N - 1 - first), np.int64(w_stride * item)
-        w_gl = np.int64(w_gl) + w_row * first
-        if thread < TILE_ROWS and thread <= last:
-            ptx.prefetch_l2_bulk(w_gl + w_row * thread, min(width * item, stages * step_bytes))
-        steps = np.int32((width - STAGE_K * warp + step_k - 1) >> step_shift)
-        left, left_x = np.int32(width - STAGE_K * warp - lane_k * column), np.int32(K - STAGE_K * warp - lane_k * t)
-        w_gl += w_row * min(row, last) + row_bytes * warp + 16 * column
-        jump, below = rows_at_once * w_row, np.int32(last - row)
-        ring_sh = np.int32(shared_sh + warp * warp_bytes)
+        first, apart = np.int32(TILE_ROWS * np.int32(cuda.blockIdx.y)), np.int32(TILE_ROWS * np.int32(cuda.gridDim.y))
+        first_x, w_row = np.int32(batch * np.int32(cuda.blockIdx.x)), np.int64(w_stride * item)
+        w_gl = np.int64(w_gl)
+        if thread < TILE_ROWS and first + thread < N:
+            ptx.prefetch_l2_bulk(w_gl + w_row * (first + thread), min(width * item, stages * step_bytes))
+        steps, jump = np.int32((width - STAGE_K * warp + step_k - 1) >> step_shift), rows_at_once * w_row
+        own_left = np.int32(width - STAGE_K * warp - lane_k * column)
+        w_begin = w_gl + row_bytes * warp + 16 * column  # of row 0
+        ring_sh, x_count, odd = np.int32(shared_sh + warp * warp_bytes), np.int32(min(batch, rows - first_x)), lane >> 4
         # Odd rows have the halves of 128 bytes swapped: a quarter of a warp reads 64 bytes of two rows, which then lie in all banks.
         copy_sh = np.int32(ring_sh + row_bytes * row + (16 * column ^ (row & 1) << 6))
         even_sh = np.int32(ring_sh + row_bytes * g + 16 * t + 64 * (g & 1))
         odd_sh = np.int32(even_sh - 128 * (g & 1))
-        x_at = cuda.local.array(batch_tiles, np.int64)
+        copy_x_sh = np.int32(ring_sh + x_offset + X_ROW_BYTES * odd + (16 * (lane & 15) ^ unit * odd))
+        k = np.int32(STAGE_K * warp + 8 * (lane & 15))
+        x_begin, x_jump, own_k = np.int64(x_gl) + 2 * (x_stride * (first_x + odd) + k), 4 * x_stride, np.int32(K - k)
+        x_at = cuda.local.array(n_x_at, np.int32)
         x = cuda.local.array(n_x, np.uint32)
-        x_next = cuda.local.array(n_x, np.uint32)
         acc = cuda.local.array(n_acc, np.float32)
         for i in range(n_acc):
             acc[i] = zero
-        for j in range(batch_tiles):
-            x_at[j] = np.int64(x_gl) + 2 * (x_stride * min(first_x + g + 8 * j, rows - 1) + STAGE_K * warp + lane_k * t)
+        # What is copied next: its tile, stages of it that are left, and where.
+        copied, waiting = first, np.int32(0)
+        if steps > 0:
+            waiting = steps
+        below = np.int32(N - 1 - first - row)
+        w_gl, x_gl, left, left_k = w_begin + w_row * min(first + row, N - 1), x_begin, own_left, own_k
         ptx.wait_for_primary()
         ptx.launch_dependents()
-        load_x(x_at, left_x, x_next)
+        filling, using, parity = start, start, start
         for i in range(last_stage):
-            if i < steps:
-                copy(np.int32(copy_sh + stage_bytes * i), w_gl, jump, below, np.int32(left - i * step_k))
-                w_gl += step_bytes
+            if waiting > 0 and copied < N:
+                copy(np.int32(copy_sh + filling), w_gl, jump, below, left)
+                copy_x(np.int32(copy_x_sh + filling), x_gl, x_jump, x_count, np.int32(x_count - odd), left_k)
+                w_gl, x_gl, left, left_k = w_gl + step_bytes, x_gl + x_step, np.int32(left - step_k), np.int32(left_k - step_k)
+                waiting = np.int32(waiting - 1)
+                if waiting == 0:
+                    copied, waiting = np.int32(copied + apart), steps
+                    below = np.int32(N - 1 - copied - row)
+                    w_gl, x_gl, left, left_k = w_begin + w_row * min(copied + row, N - 1), x_begin, own_left, own_k
+                filling = np.int32(filling + stage_bytes)
             ptx.cp_async_commit()
-        filling, using = np.int32(last_stage), np.int32(0)
-        for step in range(steps):
-            for i in range(n_x):
-                x[i] = x_next[i]
-            for j in range(batch_tiles):
-                x_at[j] += 2 * step_k
-            left_x = np.int32(left_x - step_k)
-            load_x(x_at, left_x, x_next)
-            if np.int32(step) < np.int32(steps - last_stage):
+        while first < N:
+            for step in range(steps):
                 ptx.warp_sync()  # every lane has read the stage that is filled now
-                copy(np.int32(copy_sh + stage_bytes * filling), w_gl, jump, below, np.int32(left - last_stage * step_k))
-                w_gl += step_bytes
-                filling = np.int32(0) if filling == last_stage else np.int32(filling + 1)
-            ptx.cp_async_commit()
-            left = np.int32(left - step_k)
-            wait_for_oldest()
-            ptx.warp_sync()
-            offset = np.int32(stage_bytes * using)
-            using = np.int32(0) if using == last_stage else np.int32(using + 1)
-            for p in range(pieces):
-                piece_sh = np.int32((odd_sh if p & 1 else even_sh) + offset + PIECE_BYTES * p)
-                low, high = ptx.ld_shared_128(piece_sh), ptx.ld_shared_128(np.int32(piece_sh + 8 * row_bytes))
-                for s in range(products):
-                    a = fragment(low, high, s)
-                    for j in range(batch_tiles):
-                        at = x_words * (batch_tiles * p + j) + 2 * s
-                        mma(acc, 4 * j + second * (s & 1), a[0], a[1], a[2], a[3], x[at], x[at + 1])  # two sums: a product waits for less
-        for i in range(second):
-            acc[i] += acc[second + i]
-        if scaled:
-            scale_gl = np.int64(scale_gl) + 4 * first
-            upper = ptx.ld_written_f32(scale_gl + 4 * min(g, last))
-            lower = ptx.ld_written_f32(scale_gl + 4 * min(g + 8, last))
-            for j in range(batch_tiles):
-                acc[4 * j], acc[4 * j + 1] = acc[4 * j] * upper, acc[4 * j + 1] * upper
-                acc[4 * j + 2], acc[4 * j + 3] = acc[4 * j + 2] * lower, acc[4 * j + 3] * lower
-        finish(acc, shared_sh, thread, first, first_x, rows, N, np.int64(bias_gl), np.int64(residual_gl), residual_stride,
-               np.int64(out_gl), form, linear, cubic)
+                if copied < N:
+                    copy(np.int32(copy_sh + filling), w_gl, jump, below, left)
+                    copy_x(np.int32(copy_x_sh + filling), x_gl, x_jump, x_count, np.int32(x_count - odd), left_k)
+                    w_gl, x_gl, left, left_k = w_gl + step_bytes, x_gl + x_step, np.int32(left - step_k), np.int32(left_k - step_k)
+                    waiting = np.int32(waiting - 1)
+                    if waiting == 0:
+                        copied, waiting = np.int32(copied + apart), steps
+                        below = np.int32(N - 1 - copied - row)
+                        w_gl, x_gl, left, left_k = w_begin + w_row * min(copied + row, N - 1), x_begin, own_left, own_k
+                    filling = start if filling == last_stage * stage_bytes else np.int32(filling + stage_bytes)
+                ptx.cp_async_commit()
+                wait_for_oldest()
+                ptx.warp_sync()
+                for j in range(batch_tiles):
+                    even, swapped = place_x(min(g + 8 * j, x_count - 1), 2 * lane_k * t)
+                    x_sh = np.int32(ring_sh + x_offset + using)
+                    x_at[2 * j], x_at[2 * j + 1] = np.int32(x_sh + even), np.int32(x_sh + swapped)
+                for p in range(pieces):
+                    piece_sh = np.int32((odd_sh if p & 1 else even_sh) + using + PIECE_BYTES * p)
+                    low, high = ptx.ld_shared_128(piece_sh), ptx.ld_shared_128(np.int32(piece_sh + 8 * row_bytes))
+                    load_x(p, x_at, x)
+                    for s in range(products):
+                        a = fragment(low, high, s)
+                        for j in range(batch_tiles):  # two sums, so that a product waits for less
+                            mma(acc, 4 * j + second * (s & 1), a[0], a[1], a[2], a[3], x[x_words * j + 2 * s], x[x_words * j + 2 * s + 1])
+                using = start if using == last_stage * stage_bytes else np.int32(using + stage_bytes)
+            for i in range(second):
+                acc[i] += acc[second + i]
+            if scaled:
+                upper = ptx.ld_written_f32(np.int64(scale_gl) + 4 * min(first + g, N - 1))
+                lower = ptx.ld_written_f32(np.int64(scale_gl) + 4 * min(first + g + 8, N - 1))
+                for j in range(batch_tiles):
+                    acc[4 * j], acc[4 * j + 1] = acc[4 * j] * upper, acc[4 * j + 1] * upper
+                    acc[4 * j + 2], acc[4 * j + 3] = acc[4 * j + 2] * lower, acc[4 * j + 3] * lower
+            finish(acc, np.int32(shared_sh + sums_offset + parity), thread, first, first_x, rows, N, np.int64(bias_gl),
+                   np.int64(residual_gl), residual_stride, np.int64(out_gl), form, linear, cubic)
+            parity = np.int32(sums_bytes - parity)
+            for i in range(n_acc):
+                acc[i] = zero
+            first = np.int32(first + apart)
 
     return linear
 
@@ -170,7 +194,7 @@ def make(config: Config) -> Callable:
 def spec(config: Config, shared_bytes: int = 0) -> Spec:
     """shared_bytes above what is needed keep further blocks from a multiprocessor."""
     return Spec(make, config, "ppppppllliiiiiff", threads=32 * config.warps,
-                shared_bytes=max(shared_bytes, config.ring_bytes), dependent=True)
+                shared_bytes=max(shared_bytes, config.shared_bytes), dependent=True)
 
 
 def variants() -> Iterator[Spec]:
@@ -191,10 +215,11 @@ def serves(x: torch.Tensor, weight: torch.Tensor, max_rows: int) -> bool:
 
 @functools.cache
 def _kernel(kind: str, dtype: torch.dtype, rows: int, N: int, device: int) -> tuple[Kernel, int, int]:
-    """(kernel, blocks of x, blocks of W)."""
+    """(kernel, blocks for x, blocks for W)."""
     config = pick(kind, DTYPE_NAME[dtype], min(rows, BATCHES[kind][-1]))
-    blocks, tiles = -(-rows // config.batch), -(-N // TILE_ROWS)
-    return load(spec(config, spread(blocks * tiles, config.ring_bytes, device)), device), blocks, tiles
+    blocks_x = -(-rows // config.batch)
+    blocks, shared_bytes = spread(-(-N // TILE_ROWS), blocks_x, config.shared_bytes, RESIDENT_WARPS // config.warps, device)
+    return load(spec(config, shared_bytes), device), blocks_x, blocks
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
@@ -212,7 +237,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, b
     if residual is not None:
         residual, residual_stride = rows_of(residual)
         residual_at = residual.data_ptr()
-    kernel, blocks, tiles = _kernel(KINDS.get(weight.dtype, "16-bit"), x.dtype, rows, N, x.device.index)
-    kernel(blocks, tiles, 1, x.data_ptr(), weight.data_ptr(), scale_at, bias_at, residual_at, out.data_ptr(), x_stride, weight.stride(0),
+    kernel, blocks_x, blocks = _kernel(KINDS.get(weight.dtype, "16-bit"), x.dtype, rows, N, x.device.index)
+    kernel(blocks_x, blocks, 1, x.data_ptr(), weight.data_ptr(), scale_at, bias_at, residual_at, out.data_ptr(), x_stride, weight.stride(0),
            residual_stride, rows, N, K, width, *form_of(activation))
     return out

@@ -1,9 +1,12 @@
-"""What the kernels of linear for few rows of x share: fragments of x, and the end of a tile, where a block's warps add their sums.
+"""What the kernels of linear for few rows of x share: the walk of a warp over K, x in shared memory, and the end of a tile.
 
 The weights are the A operand of mma.m16n8k16 (16 rows of the weights), x is B (8 rows of x): nothing is padded to 16 rows of x. The
-order of k inside a product is free as long as both operands agree: of each 32 values of k, lane (g, t) owns 8 t .. 8 t + 7, so what it
-loads at once, 16 bytes of a row of x, is its fragment of two products. Each warp takes its own part of K with its own cp.async ring, of
-which a lane reads back what it has copied itself, so that nothing waits for a barrier before the end.
+order of k inside a product is free as long as both operands agree, so that what lane (g, t) loads at once are its fragments of several
+products. Each warp takes its own STAGE_K values of k of every `warps`, with its own cp.async ring of weights and x, so that nothing waits
+for a barrier before a tile's end, where the warps add their sums. Blocks stay: when one tile has been read the ring goes on with the next.
+
+x comes by the ring and not straight to registers, since what L2 holds is handed over behind the weights that were asked for before: with
+one row of x, 4096 x 14336 in four bits took 22 us where it took 13 without reading x.
 """
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from ftops.numba_kernels import ptx
 from ftops.numba_kernels.activation import FORMS, make_activate
 from ftops.numba_kernels.rows import rows_of
 
+STAGE_K = 128  # values of k a stage of a warp
+X_ROW_BYTES = 2 * STAGE_K
 NO_FORM = (-1, 0.0, 0.0)
 
 
@@ -37,33 +42,57 @@ def aligned_x(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, int, int]:
 
 
 @functools.cache
-def spread(blocks: int, ring_bytes: int, device: int) -> int:
-    """Bytes of shared memory a block that let so many reside on a multiprocessor as there are for each, if that many fit.
+def spread(tiles: int, blocks_x: int, needed: int, most: int, device: int) -> tuple[int, int]:
+    """(blocks for the tiles, shared memory a block): as many as reside at once, and on each multiprocessor as many as on the others.
 
-    Else the first to be free, where the kernel before ends early, take more than their share: 256 blocks of 64 KiB for 132
-    multiprocessors took 36 us to read what took 27.6 with places for two.
+    needed: bytes of a block; most: blocks that the registers of a multiprocessor allow. More memory than needed keeps further blocks
+    away: where the kernel before ends early, the first to be free would take more than their share (256 blocks of 64 KiB for 132
+    multiprocessors took 36 us to read what took 27.6 with places for two).
     """
     properties = torch.cuda.get_device_properties(device)
-    places = -(-blocks // properties.multi_processor_count)
-    share = properties.shared_memory_per_multiprocessor // places - 1024  # which the system takes of each block
-    return min(share, properties.shared_memory_per_block_optin) if share >= ring_bytes else 0
+    whole, processors = properties.shared_memory_per_multiprocessor, properties.multi_processor_count
+    places = min(most, whole // (needed + 1024), -(-tiles * blocks_x // processors))  # the system takes 1 KiB of each block
+    share = min(whole // places - 1024, properties.shared_memory_per_block_optin)
+    return min(tiles, max(1, places * processors // blocks_x)), max(share, needed)
 
 
-def make_finish(dtype: str, batch: int, tile_rows: int, warps: int, warp_bytes: int) -> Callable:
-    """finish(acc, ...): out[first_x : first_x + batch, first : first + tile_rows] from the sums of all warps, in their order.
+def make_x(batch: int, unit: int) -> tuple[Callable, Callable]:
+    """(copy_x, place_x) of a stage's x in shared memory, [batch, STAGE_K].
 
-    acc[4 (i * batch / 8 + j) + r]: fragment of 16 rows of the weights i and of 8 rows of x j. The rings, warp_bytes each, hold the sums.
+    copy_x(x_sh, x_gl, jump, count, own_count, left): of lane l, row l / 16 and every second one after it, access l % 16, of `count` rows,
+    `own_count` from the lane's first on; zeros beyond K.
+    place_x(row, lane_bytes) -> where the lane reads its accesses of even and of odd number, `unit` bytes apart. Odd rows have even and odd
+    accesses swapped, so that a quarter of a warp, reading two rows, meets all banks.
+    """
+    @cuda.jit(device=True, forceinline=True)
+    def copy_x(x_sh, x_gl, jump, count, own_count, left):
+        for i in range(batch // 2):
+            if 2 * i < count:
+                ptx.cp_async_16_l1(np.int32(x_sh + 2 * X_ROW_BYTES * i), x_gl, np.uint32(16 if left > 0 and 2 * i < own_count else 0))
+                x_gl += jump
+
+    @cuda.jit(device=True, forceinline=True)
+    def place_x(row, lane_bytes):
+        swap = np.int32(unit * (row & 1))
+        even = np.int32(X_ROW_BYTES * row + lane_bytes + swap)
+        return even, np.int32(even - 2 * swap)
+    return copy_x, place_x
+
+
+def make_finish(dtype: str, batch: int, tile_rows: int, warps: int) -> Callable:
+    """finish(acc, sums_sh, ...): out[first_x : first_x + batch, first : first + tile_rows] from the sums of all warps, in their order.
+
+    acc[4 (i * batch / 8 + j) + r]: fragment of 16 rows of the weights i and of 8 rows of x j. sums_sh: tile_rows * batch float32 a warp,
+    twice: a tile's are read until the next one's barrier.
     """
     low, pair = ptx.LOW[dtype], ptx.PAIR[dtype]
     row_tiles, batch_tiles, threads, shift = tile_rows // 16, batch // 8, 32 * warps, tile_rows.bit_length() - 1
-    activate = make_activate(1)
+    warp_bytes, activate = 4 * tile_rows * batch, make_activate(1)
 
     @cuda.jit(device=True, forceinline=True)
-    def finish(acc, shared_sh, thread, first, first_x, rows, N, bias_gl, residual_gl, residual_stride, out_gl, form, linear, cubic):
+    def finish(acc, sums_sh, thread, first, first_x, rows, N, bias_gl, residual_gl, residual_stride, out_gl, form, linear, cubic):
         lane, warp = thread & 31, thread >> 5
-        mine_sh = shared_sh + warp * warp_bytes + 4 * batch * (lane >> 2) + 8 * (lane & 3)
-        ptx.cp_async_wait_0()
-        ptx.warp_sync()
+        mine_sh = sums_sh + warp * warp_bytes + 4 * batch * (lane >> 2) + 8 * (lane & 3)
         for i in range(row_tiles):
             for j in range(batch_tiles):
                 at = 4 * (i * batch_tiles + j)
@@ -75,7 +104,7 @@ def make_finish(dtype: str, batch: int, tile_rows: int, warps: int, warp_bytes: 
         for item in range(thread, min(rows - first_x, batch) * tile_rows, threads):
             row, column = item >> shift, item & (tile_rows - 1)
             if first + column < N:
-                sum_sh = shared_sh + 4 * (batch * column + row)
+                sum_sh = sums_sh + 4 * (batch * column + row)
                 value[0] = ptx.ld_shared_f32(sum_sh)
                 for w in range(1, warps):
                     value[0] += ptx.ld_shared_f32(sum_sh + w * warp_bytes)

@@ -18,12 +18,13 @@ from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.linear_dequantise import ONE, ZERO, make_int4, subtracts
-from ftops.numba_kernels.linear_tile import aligned_x, form_of, make_finish, spread
+from ftops.numba_kernels.linear_tile import X_ROW_BYTES, aligned_x, form_of, make_finish, make_x, spread
 from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
 
 TILE_ROWS, PIECE_K, PIECES = 32, 32, 4  # rows of W a block; values of k a piece, pieces a stage of a warp: four accesses of a lane
 WEIGHT_BYTES = 2048  # of a stage
 BATCHES = (8, 16, 32)
+RESIDENT_WARPS = 16  # of a multiprocessor, by registers
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,35 @@ class Config:
     dtype: str
     batch: int
     records: int = 1
-    warps: int = 4
-    stages: int = 4
+    warps: int = 8
+    stages: int = 2
 
     @property
-    def stage_bytes(self) -> int:
+    def x_offset(self) -> int:
+        """In a stage, behind weights and scales."""
         return WEIGHT_BYTES + 512 * self.records
 
     @property
-    def ring_bytes(self) -> int:
+    def stage_bytes(self) -> int:
+        return self.x_offset + X_ROW_BYTES * self.batch
+
+    @property
+    def sums_offset(self) -> int:
         return self.warps * self.stages * self.stage_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.sums_offset + 2 * self.warps * 4 * TILE_ROWS * self.batch
 
 
 def pick(dtype: str, rows: int, group_size: int) -> Config:
     """The smallest batch that holds the rows; more rows than the largest are further blocks, which find the weights in L2."""
-    return Config(dtype, next((batch for batch in BATCHES if batch >= rows), BATCHES[-1]), 4 if group_size < 128 else 1)
+    batch = next((batch for batch in BATCHES if batch >= rows), BATCHES[-1])
+    return Config(dtype, batch, 4 if group_size < 128 else 1, 8 if batch <= 16 else 4)
 
 
 def make_piece(config: Config) -> Callable:
-    """multiply(piece, stage_sh, record, x, acc, part, sums, scale, minus, off): one piece's products to part, a whole group's to acc."""
+    """multiply(piece, stage_sh, record, x_at, ...): one piece's products to part, a whole group's to acc."""
     batch_tiles, records, subtract = config.batch // 8, config.records, subtracts(config.dtype, config.batch)
     mma, low, high, zero = ptx.MMA[config.dtype], ptx.LOW[config.dtype], ptx.HIGH[config.dtype], np.float32(0)
     ones, symmetric, magic = np.uint32(ONE[config.dtype]), np.float32(ZERO), np.float32(128)
@@ -90,18 +101,21 @@ def make_piece(config: Config) -> Callable:
                 sums[i] = zero
 
     @cuda.jit(device=True, forceinline=True)
-    def multiply(piece, stage_sh, record, x, acc, part, sums, scale, minus, off):
+    def multiply(piece, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off):
         if piece * records % 4 == 0:
             load_record(stage_sh + WEIGHT_BYTES + 512 * (piece * records // 4), record, scale, minus, off)
-        words, x_at = ptx.ld_shared_128(stage_sh + 512 * piece), 4 * batch_tiles * piece
+        words = ptx.ld_shared_128(stage_sh + 512 * piece)
+        for j in range(batch_tiles):
+            x_sh = np.int32(x_at[2 * j + (piece & 1)] + 2 * PIECE_K * piece)
+            x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3] = ptx.ld_shared_128(x_sh)
         for s in range(2):
             for i in range(2):
                 a = dequantise(words[2 * i + s], minus[2 * i], minus[2 * i + 1])
                 for j in range(batch_tiles):
-                    mma(part, 4 * (i * batch_tiles + j), a[0], a[1], a[2], a[3], x[x_at + 4 * j + 2 * s], x[x_at + 4 * j + 2 * s + 1])
+                    mma(part, 4 * (i * batch_tiles + j), a[0], a[1], a[2], a[3], x[4 * j + 2 * s], x[4 * j + 2 * s + 1])
             if not subtract:
                 for j in range(batch_tiles):
-                    mma(sums, 4 * j, ones, ones, ones, ones, x[x_at + 4 * j + 2 * s], x[x_at + 4 * j + 2 * s + 1])
+                    mma(sums, 4 * j, ones, ones, ones, ones, x[4 * j + 2 * s], x[4 * j + 2 * s + 1])
         if (piece + 1) * records % 4 == 0:
             add_scaled(acc, part, sums, scale, off)
 
@@ -109,63 +123,60 @@ def make_piece(config: Config) -> Callable:
 
 
 def make(config: Config) -> Callable:
-    warps, stages, records = config.warps, config.stages, config.records
-    batch, batch_tiles, stage_bytes, last_stage = config.batch, config.batch // 8, config.stage_bytes, config.stages - 1
+    warps, stages, records, batch, stage_bytes = config.warps, config.stages, config.records, config.batch, config.stage_bytes
+    batch_tiles, last_stage, x_offset, sums_offset = batch // 8, config.stages - 1, config.x_offset, config.sums_offset
     warp_bytes, step_pieces, piece_bytes = stages * stage_bytes, PIECES * warps, WEIGHT_BYTES // PIECES
-    step_shift, step_bytes, x_step = step_pieces.bit_length() - 1, WEIGHT_BYTES * warps, 2 * PIECE_K * step_pieces
-    n_acc, n_sums, n_x = 8 * batch_tiles, 4 * batch_tiles, 4 * batch_tiles * PIECES
-    ahead = batch <= 16  # more of x does not fit the registers twice
-    zero, nothing = np.float32(0), np.uint32(0)
-    wait_for_oldest, finish = ptx.CP_ASYNC_WAIT[last_stage], make_finish(config.dtype, batch, TILE_ROWS, warps, warp_bytes)
-    multiply = make_piece(config)
+    step_shift, step_bytes, x_step = step_pieces.bit_length() - 1, WEIGHT_BYTES * warps, X_ROW_BYTES * warps
+    sums_bytes = 4 * TILE_ROWS * batch * warps
+    n_acc, n_sums, n_x_at = 8 * batch_tiles, 4 * batch_tiles, 2 * batch_tiles
+    zero, nothing, start = np.float32(0), np.uint32(0), np.int32(0)
+    wait_for_oldest, finish = ptx.CP_ASYNC_WAIT[last_stage], make_finish(config.dtype, batch, TILE_ROWS, warps)
+    multiply, (copy_x, place_x) = make_piece(config), make_x(batch, 2 * PIECE_K)
 
     @cuda.jit(device=True, forceinline=True)
     def copy(stage_sh, w_gl, scale_gl, left, group_pieces, record):
         """The stage at w_gl, of which `left` pieces exist, and the records of its groups from scale_gl on; zeros elsewhere."""
         for i in range(PIECES):
-            ptx.cp_async_16(stage_sh + 512 * i, w_gl + 512 * i, np.uint32(16 if left > i else 0))
+            ptx.cp_async_16(np.int32(stage_sh + 512 * i), w_gl + 512 * i, np.uint32(16 if left > i else 0))
         for i in range(records):
-            record_sh, live = stage_sh + WEIGHT_BYTES + 512 * i, np.uint32(record if left > i else 0)
+            record_sh, live = np.int32(stage_sh + WEIGHT_BYTES + 512 * i), np.uint32(record if left > i else 0)
             group_gl = scale_gl + 8 * record * (i >> (group_pieces - 1))
             if record == 16:
                 ptx.cp_async_16(record_sh, group_gl, live)
             else:
                 ptx.cp_async_8(record_sh, group_gl, live)
 
-    @cuda.jit(device=True, forceinline=True)
-    def load_x(x_at, left_k, x):
-        """A stage's x; zeros beyond K."""
-        for piece in range(PIECES):
-            for j in range(batch_tiles):
-                at = 4 * (batch_tiles * piece + j)
-                for i in range(4):
-                    x[at + i] = nothing
-                if left_k > PIECE_K * piece:
-                    x[at], x[at + 1], x[at + 2], x[at + 3] = ptx.ld_written_128(x_at[j] + 2 * PIECE_K * piece)
-
-    def linear_w4a16(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, residual_stride, rows, N, K, count, group_pieces,
+    def linear_w4a16(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, residual_stride, rows, N, K, tiles, count, group_pieces,
                       record, form, linear, cubic):
         shared_sh = np.int32(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
         g, t = lane >> 2, lane & 3
-        tile, first_x = np.int64(cuda.blockIdx.y), np.int32(batch * np.int32(cuda.blockIdx.x))
+        tile, apart, first_x = np.int32(cuda.blockIdx.y), np.int32(cuda.gridDim.y), np.int32(batch * np.int32(cuda.blockIdx.x))
         tile_bytes, scale_bytes = np.int32(count * piece_bytes), np.int32(8 * record * (count // group_pieces))
         scale_step = np.int32(8 * record * (step_pieces // group_pieces))
-        w_gl, scale_gl = np.int64(w_gl) + tile * tile_bytes, np.int64(scale_gl) + tile * scale_bytes
+        w_gl, scale_gl = np.int64(w_gl) + np.int64(tile) * tile_bytes, np.int64(scale_gl) + np.int64(tile) * scale_bytes
         begin = np.int32(warp * (stages * WEIGHT_BYTES))
         if lane == 0 and begin < tile_bytes:
             ptx.prefetch_l2_bulk(w_gl + begin, min(np.int32(stages * WEIGHT_BYTES), np.int32(tile_bytes - begin)))
         if thread == 1:
             ptx.prefetch_l2_bulk(scale_gl, scale_bytes)
-        left, left_k = np.int32(count - PIECES * warp), np.int32(K - PIECE_K * PIECES * warp - 8 * t)
-        steps = np.int32((left + (step_pieces - 1)) >> step_shift)
+        own_pieces = np.int32(count - PIECES * warp)
+        steps = np.int32((own_pieces + (step_pieces - 1)) >> step_shift)
         w_gl += WEIGHT_BYTES * warp + 16 * lane
         scale_gl += record * g + warp * (scale_step // warps)
-        ring_sh = np.int32(shared_sh + warp * warp_bytes + 16 * lane)
-        x_at = cuda.local.array(batch_tiles, np.int64)
-        x = cuda.local.array(n_x, np.uint32)
-        x_next = cuda.local.array(n_x, np.uint32)
+        # From the end of the warp's stages of one tile to their start of the block's next.
+        w_jump = np.int64(apart) * tile_bytes - np.int64(steps) * step_bytes
+        scale_jump = np.int64(apart) * scale_bytes - np.int64(steps) * scale_step
+        ring_sh, x_count = np.int32(shared_sh + warp * warp_bytes), np.int32(min(batch, rows - first_x))
+        copy_sh, odd = np.int32(ring_sh + 16 * lane), lane >> 4
+        copy_x_sh = np.int32(ring_sh + x_offset + X_ROW_BYTES * odd + (16 * (lane & 15) ^ 2 * PIECE_K * odd))
+        k = np.int32(PIECE_K * PIECES * warp + 8 * (lane & 15))
+        x_begin = np.int64(x_gl) + 2 * (x_stride * (first_x + odd) + k)
+        x_jump, own_k = 4 * x_stride, np.int32(K - k)
+        x_gl, left, left_k = x_begin, own_pieces, own_k
+        x_at = cuda.local.array(n_x_at, np.int32)
+        x = cuda.local.array(n_sums, np.uint32)
         acc = cuda.local.array(n_acc, np.float32)
         part = cuda.local.array(n_acc, np.float32)
         sums = cuda.local.array(n_sums, np.float32)
@@ -178,55 +189,61 @@ def make(config: Config) -> Callable:
             sums[i] = zero
         for i in range(4):
             minus[i] = nothing
-        for j in range(batch_tiles):
-            x_at[j] = np.int64(x_gl) + 2 * (x_stride * min(first_x + g + 8 * j, rows - 1) + PIECE_K * PIECES * warp + 8 * t)
         ptx.wait_for_primary()
         ptx.launch_dependents()
-        if ahead:
-            load_x(x_at, left_k, x_next)
+        waiting, ahead = np.int32(steps * ((tiles - tile + apart - 1) // apart)), steps  # stages to be copied, in all and of this tile
+        filling, using = start, start
+        parity = start
         for i in range(last_stage):
-            if i < steps:
-                copy(np.int32(ring_sh + stage_bytes * i), w_gl, scale_gl, np.int32(left - i * step_pieces), group_pieces, record)
-                w_gl += step_bytes
-                scale_gl += scale_step
+            if waiting > 0:
+                copy(np.int32(copy_sh + filling), w_gl, scale_gl, left, group_pieces, record)
+                copy_x(np.int32(copy_x_sh + filling), x_gl, x_jump, x_count, np.int32(x_count - odd), left_k)
+                w_gl, scale_gl, x_gl = w_gl + step_bytes, scale_gl + scale_step, x_gl + x_step
+                left, left_k = np.int32(left - step_pieces), np.int32(left_k - PIECE_K * step_pieces)
+                waiting, ahead = np.int32(waiting - 1), np.int32(ahead - 1)
+                if ahead == 0:
+                    w_gl, scale_gl, x_gl, left, left_k, ahead = w_gl + w_jump, scale_gl + scale_jump, x_begin, own_pieces, own_k, steps
+                filling = np.int32(filling + stage_bytes)
             ptx.cp_async_commit()
-        filling, using = np.int32(last_stage), np.int32(0)
-        for step in range(steps):
-            if ahead:
-                for i in range(n_x):
-                    x[i] = x_next[i]
-            else:
-                load_x(x_at, left_k, x)
-            left_k = np.int32(left_k - PIECE_K * step_pieces)
-            for j in range(batch_tiles):
-                x_at[j] += x_step
-            if ahead:
-                load_x(x_at, left_k, x_next)
-            if np.int32(step) < np.int32(steps - last_stage):
-                copy(np.int32(ring_sh + stage_bytes * filling), w_gl, scale_gl, np.int32(left - last_stage * step_pieces), group_pieces,
-                     record)
-                w_gl += step_bytes
-                scale_gl += scale_step
-                filling = np.int32(0) if filling == last_stage else np.int32(filling + 1)
-            ptx.cp_async_commit()
-            wait_for_oldest()
-            stage_sh = np.int32(ring_sh + stage_bytes * using)
-            using = np.int32(0) if using == last_stage else np.int32(using + 1)
-            # Written out: LLVM keeps such a loop as one.
-            multiply(0, stage_sh, record, x, acc, part, sums, scale, minus, off)
-            multiply(1, stage_sh, record, x, acc, part, sums, scale, minus, off)
-            multiply(2, stage_sh, record, x, acc, part, sums, scale, minus, off)
-            multiply(3, stage_sh, record, x, acc, part, sums, scale, minus, off)
-            left = np.int32(left - step_pieces)
-        finish(acc, shared_sh, thread, TILE_ROWS * np.int32(tile), first_x, rows, N, np.int64(bias_gl), np.int64(residual_gl),
-               residual_stride, np.int64(out_gl), form, linear, cubic)
+        while tile < tiles:
+            for step in range(steps):
+                ptx.warp_sync()  # every lane has read the stage that is filled now
+                if waiting > 0:
+                    copy(np.int32(copy_sh + filling), w_gl, scale_gl, left, group_pieces, record)
+                    copy_x(np.int32(copy_x_sh + filling), x_gl, x_jump, x_count, np.int32(x_count - odd), left_k)
+                    w_gl, scale_gl, x_gl = w_gl + step_bytes, scale_gl + scale_step, x_gl + x_step
+                    left, left_k = np.int32(left - step_pieces), np.int32(left_k - PIECE_K * step_pieces)
+                    waiting, ahead = np.int32(waiting - 1), np.int32(ahead - 1)
+                    if ahead == 0:
+                        w_gl, scale_gl, x_gl, left, left_k, ahead = w_gl + w_jump, scale_gl + scale_jump, x_begin, own_pieces, own_k, steps
+                    filling = start if filling == last_stage * stage_bytes else np.int32(filling + stage_bytes)
+                ptx.cp_async_commit()
+                wait_for_oldest()
+                ptx.warp_sync()
+                stage_sh = np.int32(copy_sh + using)
+                for j in range(batch_tiles):
+                    even, swapped = place_x(min(g + 8 * j, x_count - 1), 16 * t)
+                    x_sh = np.int32(ring_sh + x_offset + using)
+                    x_at[2 * j], x_at[2 * j + 1] = np.int32(x_sh + even), np.int32(x_sh + swapped)
+                using = start if using == last_stage * stage_bytes else np.int32(using + stage_bytes)
+                # Written out: LLVM keeps such a loop as one.
+                multiply(0, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
+                multiply(1, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
+                multiply(2, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
+                multiply(3, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
+            finish(acc, np.int32(shared_sh + sums_offset + parity), thread, np.int32(TILE_ROWS * tile), first_x, rows, N, np.int64(bias_gl),
+                   np.int64(residual_gl), residual_stride, np.int64(out_gl), form, linear, cubic)
+            parity = np.int32(sums_bytes - parity)
+            for i in range(n_acc):
+                acc[i] = zero
+            tile = np.int32(tile + apart)
 
     return linear_w4a16
 
 
 def spec(config: Config, shared_bytes: int = 0) -> Spec:
     """shared_bytes above what is needed keep further blocks from a multiprocessor."""
-    return Spec(make, config, "pppppplliiiiiiiff", threads=32 * config.warps, shared_bytes=max(shared_bytes, config.ring_bytes),
+    return Spec(make, config, "pppppplliiiiiiiiff", threads=32 * config.warps, shared_bytes=max(shared_bytes, config.shared_bytes),
                 dependent=True)
 
 
@@ -239,11 +256,12 @@ def variants() -> Iterator[Spec]:
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, rows: int, tiles: int, group_size: int, device: int) -> tuple[Kernel, int]:
-    """(kernel, blocks of x)."""
+def _kernel(dtype: torch.dtype, rows: int, tiles: int, group_size: int, device: int) -> tuple[Kernel, int, int]:
+    """(kernel, blocks for x, blocks for W)."""
     config = pick(DTYPE_NAME[dtype], min(rows, BATCHES[-1]), group_size)
-    blocks = -(-rows // config.batch)
-    return load(spec(config, spread(blocks * tiles, config.ring_bytes, device)), device), blocks
+    blocks_x = -(-rows // config.batch)
+    blocks, shared_bytes = spread(tiles, blocks_x, config.shared_bytes, RESIDENT_WARPS // config.warps, device)
+    return load(spec(config, shared_bytes), device), blocks_x, blocks
 
 
 def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
@@ -260,7 +278,7 @@ def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features
         residual, residual_stride = rows_of(residual)
         residual_at = residual.data_ptr()
     group_pieces = count // scales.shape[1]
-    kernel, blocks = _kernel(x.dtype, rows, tiles, PIECE_K * group_pieces, x.device.index)
-    kernel(blocks, tiles, 1, x.data_ptr(), packed.data_ptr(), scales.data_ptr(), bias_at, residual_at, out.data_ptr(), x_stride,
-           residual_stride, rows, features, K, count, group_pieces, 8 if scales.dim() == 4 else 16, *form_of(activation))
+    kernel, blocks_x, blocks = _kernel(x.dtype, rows, tiles, PIECE_K * group_pieces, x.device.index)
+    kernel(blocks_x, blocks, 1, x.data_ptr(), packed.data_ptr(), scales.data_ptr(), bias_at, residual_at, out.data_ptr(), x_stride,
+           residual_stride, rows, features, K, tiles, count, group_pieces, 8 if scales.dim() == 4 else 16, *form_of(activation))
     return out

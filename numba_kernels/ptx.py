@@ -180,6 +180,7 @@ st_shared_128 = ptx("st_shared_128", "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
 
 # Asynchronous copies, sm_80 and up. $2 is how many of the 16 bytes to read; the rest is written as zeros.
 cp_async_16 = ptx("cp_async_16", "cp.async.cg.shared.global [$0], [$1], 16, $2;", "", "rlr")
+cp_async_16_l1 = ptx("cp_async_16_l1", "cp.async.ca.shared.global [$0], [$1], 16, $2;", "", "rlr")  # and kept in L1
 cp_async_8 = ptx("cp_async_8", "cp.async.ca.shared.global [$0], [$1], 8, $2;", "", "rlr")
 cp_async_commit = ptx("cp_async_commit", "cp.async.commit_group;")
 cp_async_wait_0 = ptx("cp_async_wait_0", "cp.async.wait_group 0;")
