@@ -11,7 +11,8 @@ import torch
 
 from ftops.numba_kernels import decode_combine, decode_mma, decode_plain
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.decode_common import GRID_Y, LOG2E, inverse
+from ftops.numba_kernels.decode_common import GRID_Y, LOG2E
+from ftops.numba_kernels.division import inverse
 from ftops.numba_kernels.launch import Kernel, capability, empty_like, load, multiprocessors
 from ftops.numba_kernels.narrow import NARROW_NAME
 from ftops.numba_kernels.rows import DTYPE_NAME

@@ -1,31 +1,18 @@
 """What the kernels of decode_attention share: their parameters, a block's range of keys, options of the score, and the result's rows."""
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
 from numba import cuda
 
 from ftops.numba_kernels import ptx
+from ftops.numba_kernels.division import divide
 
 SIGNATURE = "pppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiiiii" + "llll" + "ff"
 LOG2E = 1.4426950408889634
 GRID_Y = 32768  # a grid has at most 65535 blocks along y: the rest goes along z
 LOWEST = -1e29  # a finite bias, however low, keeps its key: a row of nothing but the dtype's minimum attends evenly
-
-
-@functools.cache
-def inverse(divisor: int) -> int:
-    """What `divide` takes in place of a divisor: a factor below 2 ** 32, and above it how far to shift (Granlund & Montgomery, 1994)."""
-    shift = 31 + (divisor - 1).bit_length()
-    return (1 << shift) // divisor + 1 | shift << 32
-
-
-@cuda.jit(device=True, forceinline=True)
-def divide(n, by):
-    """n // divisor for n below 2 ** 31, by = inverse(divisor): 3 instructions. A division is 20, one waiting for the other."""
-    return np.uint32((np.uint64(np.uint32(n)) * np.uint64(np.uint32(by))) >> np.uint64(by >> 32))
 
 
 def make_key_range(tile: int) -> Callable:

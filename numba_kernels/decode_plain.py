@@ -13,7 +13,8 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, divide, load_bias, make_key_range, row_of, store_result
+from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of, store_result
+from ftops.numba_kernels.division import divide
 
 CACHES = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn")
 WARPS, KEYS, PARTS = 4, 4, 8  # of a block; of a warp's turn; of 32 lanes in the largest head_dim

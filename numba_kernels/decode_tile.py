@@ -12,7 +12,7 @@ import numpy as np
 from numba import cuda
 
 from ftops.numba_kernels import ptx
-from ftops.numba_kernels.decode_common import divide
+from ftops.numba_kernels.division import divide
 from ftops.numba_kernels.narrow import make_widen
 
 KEYS = 16  # keys a warp takes at a time: the k of one mma of p v

@@ -18,11 +18,12 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.angles import cos_sin, make_table, table_layout
 from ftops.numba_kernels.compile import Spec
+from ftops.numba_kernels.division import divide, inverse
 from ftops.numba_kernels.launch import Kernel, capability, empty_like, load
 from ftops.numba_kernels.narrow import make_narrow, scaled_down
 from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, rsqrt, words_of
 
-SIGNATURE = "p" * 15 + "l" * 26 + "i" * 19 + "fff"
+SIGNATURE = "p" * 15 + "l" * 29 + "i" * 19 + "fff"
 THREADS = 128
 SAME, INT8, FP8 = range(3)  # how the cache keeps its elements
 CACHE_KIND = {torch.int8: INT8, torch.float8_e4m3fn: FP8}
@@ -115,17 +116,16 @@ def make(config: Config) -> Callable:
                       pages_gl, k_scale_gl, v_scale_gl,
                       q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, k_page, k_slot, k_place_head, k_dense,
                       v_page, v_slot, v_place_head, v_dense, positions_batch, positions_token, angles_batch, angles_token, table_batch,
-                      table_token, table_position, pages_row, capacity,
+                      table_token, table_position, pages_row, capacity, per_group, per_token, per_page,
                       pages, page_size, wide_positions, table_rows, table_step, layout, interleaved, cache_kind,
                       tokens, length, heads, kv_heads, head_dim, half, units, shift, heads_a_team, q_groups, kv_groups,
                       over_dim, eps, offset):
         thread = np.int32(cuda.threadIdx.x)
-        groups = np.int32(q_groups + 2 * kv_groups)
         team = np.uint32(np.int64(cuda.blockIdx.x) * (THREADS >> shift) + (thread >> shift))
         lane = np.int32(thread & ((1 << shift) - 1))
-        token = np.int64(ptx.div_u32(team, groups))
-        group = np.int32(np.int64(team) - token * groups)
-        batch = np.int64(ptx.div_u32(token, length))
+        token = np.int64(divide(team, per_group))
+        group = np.int32(np.int64(team) - token * (q_groups + 2 * kv_groups))
+        batch = np.int64(divide(token, per_token))
         step = token - batch * length
         live, of_q, of_v = token < tokens, group < q_groups, group >= np.int32(q_groups + kv_groups)
         x_gl, weight_gl, scale_gl, to_gl = np.int64(k_gl), np.int64(k_norm_gl), np.int64(k_scale_gl), np.int64(k_cache_gl)
@@ -162,7 +162,7 @@ def make(config: Config) -> Callable:
             if slot >= capacity:
                 slot = np.int64(-1)
             if pages_gl != 0 and slot >= 0:
-                index = np.int64(ptx.div_u32(slot, page_size))
+                index = np.int64(divide(slot, per_page))
                 place = np.int64(ptx.ld_written_32(np.int64(pages_gl) + 4 * (batch * pages_row + index)))
                 slot -= index * page_size
             if place >= pages:  # unsigned: a page below 0 is far above
@@ -177,8 +177,7 @@ def make(config: Config) -> Callable:
         if of_q:
             to_gl, slot = np.int64(q_out_gl) + item * ((token * heads + head) * head_dim), np.int64(0)
             to_head, to_dense = item * np.int64(head_dim), np.int64(item)
-        if vec > 1:
-            to_dense = np.int64(item if of_q or cache_kind == SAME else 1)
+        width = np.int32(item if of_q or cache_kind == SAME else 1)
         cos = cuda.local.array(n_angles, np.float32)
         sin = cuda.local.array(n_angles, np.float32)
         for j in range(units_n):
@@ -229,7 +228,10 @@ def make(config: Config) -> Callable:
                     first, second = ends(unit, half, units, interleaved)
                     if np.int32(unit * vec) < half and not of_v:
                         turn(values, 2 * vec * j, cos, sin, vec * j, interleaved)
-                    first_at, second_at = to_gl + np.int64(first) * to_dense, to_gl + np.int64(second) * to_dense
+                    if vec > 1:
+                        first_at, second_at = to_gl + np.int32(first * width), to_gl + np.int32(second * width)
+                    else:
+                        first_at, second_at = to_gl + first * to_dense, to_gl + second * to_dense
                     if of_q or cache_kind == SAME:
                         pack(values, 2 * vec * j, words, 0)
                         store(first_at, unit < units, words, 0)
@@ -347,10 +349,11 @@ def _launch(q: torch.Tensor | None, out: torch.Tensor | None, k: torch.Tensor, v
     shift = min(5, (units - 1).bit_length())
     heads_a_team = 1 if tokens * (heads + 2 * kv_heads) <= FEW_HEADS else HEADS
     q_groups, kv_groups = -(-heads // heads_a_team), -(-kv_heads // heads_a_team)
+    groups = q_groups + 2 * kv_groups
     _kernel(k.dtype, vec, k.device.index)(
-        -(-tokens * (q_groups + 2 * kv_groups) // (THREADS >> shift)), 1, 1, q_at, k_at, v_at, out_at, k_cache_at, v_cache_at,
+        -(-tokens * groups // (THREADS >> shift)), 1, 1, q_at, k_at, v_at, out_at, k_cache_at, v_cache_at,
         positions.data_ptr(), angles_at, cos_at, sin_at, q_norm_at, k_norm_at, table_at, k_scale_at, v_scale_at, *q_strides[:3],
         *k_strides[:3], *v_strides[:3], *k_places, *v_places, *positions.stride(), angles_batch, angles_token, batch_step, token_step,
-        position_step, table_row, capacity, pages, page_size, positions.element_size() == 8, table_rows, step, layout, interleaved,
-        CACHE_KIND.get(k_cache.dtype, SAME), tokens, new, heads, kv_heads, head_dim, half, units, shift, heads_a_team, q_groups, kv_groups,
-        1 / head_dim, eps, offset)
+        position_step, table_row, capacity, inverse(groups), inverse(new), inverse(page_size or 1), pages, page_size,
+        positions.element_size() == 8, table_rows, step, layout, interleaved, CACHE_KIND.get(k_cache.dtype, SAME), tokens, new, heads,
+        kv_heads, head_dim, half, units, shift, heads_a_team, q_groups, kv_groups, 1 / head_dim, eps, offset)

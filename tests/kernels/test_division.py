@@ -1,17 +1,17 @@
-"""A key that is read from another page, a row from another head: decode_attention divides by multiplying."""
+"""A key that is read from another page, a row from another head: kernels divide by multiplying."""
 from __future__ import annotations
 
 import random
 
 import pytest
 
-from ftops.numba_kernels.decode_common import inverse
+from ftops.numba_kernels.division import inverse
 
 LARGEST = 2 ** 31 - 1
 
 
 def quotient(n: int, by: int) -> int:
-    """`decode_common.divide`, which a GPU computes."""
+    """`division.divide`, which a GPU computes."""
     return (n * (by & 0xFFFFFFFF)) >> (by >> 32)
 
 
