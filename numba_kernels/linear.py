@@ -71,8 +71,9 @@ def make(config: Config) -> Callable:
     batch_tiles, warp_bytes, last_stage, row_bytes, step_k = batch // 8, stages * stage_bytes, stages - 1, STAGE_K * item, STAGE_K * warps
     lanes_a_row, lane_k, step_bytes, x_step, x_words = row_bytes // 16, 16 // item, row_bytes * warps, X_ROW_BYTES * warps, 8 // item
     rows_at_once, pieces, step_shift = 32 // lanes_a_row, row_bytes // PIECE_BYTES, step_k.bit_length() - 1
-    x_offset, sums_offset, sums_bytes = config.x_offset, config.sums_offset, 4 * TILE_ROWS * batch * warps
+    x_offset, sums_offset, last_sh = config.x_offset, config.sums_offset, last_stage * stage_bytes
     n_acc, n_x, n_x_at, second = 8 * batch_tiles, x_words * batch_tiles, 2 * batch_tiles, 4 * batch_tiles
+    sums_bytes = 4 * TILE_ROWS * batch * warps
     mma, wait_for_oldest, zero, start = ptx.MMA[config.dtype], ptx.CP_ASYNC_WAIT[last_stage], np.float32(0), np.int32(0)
     scaled, products, unit = item == 1, x_words // 2, 64 if item == 2 else 16  # of x: bytes between a lane's accesses
     fragment, (copy_x, place_x) = make_rows(config.kind, config.dtype), make_x(batch, unit)
@@ -124,40 +125,26 @@ def make(config: Config) -> Callable:
         for i in range(n_acc):
             acc[i] = zero
         # What is copied next: its tile, stages of it that are left, and where.
-        copied, waiting = first, np.int32(0)
-        if steps > 0:
-            waiting = steps
-        below = np.int32(N - 1 - first - row)
+        copied, waiting, below = first, max(steps, start), np.int32(N - 1 - first - row)
         w_gl, x_gl, left, left_k = w_begin + w_row * min(first + row, N - 1), x_begin, own_left, own_k
         ptx.wait_for_primary()
         ptx.launch_dependents()
-        filling, using, parity = start, start, start
-        for i in range(last_stage):
-            if waiting > 0 and copied < N:
-                copy(np.int32(copy_sh + filling), w_gl, jump, below, left)
-                copy_x(np.int32(copy_x_sh + filling), x_gl, x_jump, x_count, np.int32(x_count - odd), left_k)
-                w_gl, x_gl, left, left_k = w_gl + step_bytes, x_gl + x_step, np.int32(left - step_k), np.int32(left_k - step_k)
-                waiting = np.int32(waiting - 1)
-                if waiting == 0:
-                    copied, waiting = np.int32(copied + apart), steps
-                    below = np.int32(N - 1 - copied - row)
-                    w_gl, x_gl, left, left_k = w_begin + w_row * min(copied + row, N - 1), x_begin, own_left, own_k
-                filling = np.int32(filling + stage_bytes)
-            ptx.cp_async_commit()
+        filling, using, parity, begin = start, start, start, np.int32(-last_stage)  # steps below 0 only copy
         while first < N:
-            for step in range(steps):
+            for step in range(begin, steps):
                 ptx.warp_sync()  # every lane has read the stage that is filled now
-                if copied < N:
+                if waiting > 0:
                     copy(np.int32(copy_sh + filling), w_gl, jump, below, left)
                     copy_x(np.int32(copy_x_sh + filling), x_gl, x_jump, x_count, np.int32(x_count - odd), left_k)
                     w_gl, x_gl, left, left_k = w_gl + step_bytes, x_gl + x_step, np.int32(left - step_k), np.int32(left_k - step_k)
-                    waiting = np.int32(waiting - 1)
+                    filling, waiting = start if filling == last_sh else np.int32(filling + stage_bytes), np.int32(waiting - 1)
                     if waiting == 0:
-                        copied, waiting = np.int32(copied + apart), steps
-                        below = np.int32(N - 1 - copied - row)
+                        copied = np.int32(copied + apart)
+                        waiting, below = steps if copied < N else start, np.int32(N - 1 - copied - row)
                         w_gl, x_gl, left, left_k = w_begin + w_row * min(copied + row, N - 1), x_begin, own_left, own_k
-                    filling = start if filling == last_stage * stage_bytes else np.int32(filling + stage_bytes)
                 ptx.cp_async_commit()
+                if step < 0:
+                    continue
                 wait_for_oldest()
                 ptx.warp_sync()
                 for j in range(batch_tiles):
@@ -172,7 +159,7 @@ def make(config: Config) -> Callable:
                         a = fragment(low, high, s)
                         for j in range(batch_tiles):  # two sums, so that a product waits for less
                             mma(acc, 4 * j + second * (s & 1), a[0], a[1], a[2], a[3], x[x_words * j + 2 * s], x[x_words * j + 2 * s + 1])
-                using = start if using == last_stage * stage_bytes else np.int32(using + stage_bytes)
+                using = start if using == last_sh else np.int32(using + stage_bytes)
             for i in range(second):
                 acc[i] += acc[second + i]
             if scaled:
@@ -186,7 +173,7 @@ def make(config: Config) -> Callable:
             parity = np.int32(sums_bytes - parity)
             for i in range(n_acc):
                 acc[i] = zero
-            first = np.int32(first + apart)
+            first, begin = np.int32(first + apart), start
 
     return linear
 

@@ -127,7 +127,7 @@ def make(config: Config) -> Callable:
     batch_tiles, last_stage, x_offset, sums_offset = batch // 8, config.stages - 1, config.x_offset, config.sums_offset
     warp_bytes, step_pieces, piece_bytes = stages * stage_bytes, PIECES * warps, WEIGHT_BYTES // PIECES
     step_shift, step_bytes, x_step = step_pieces.bit_length() - 1, WEIGHT_BYTES * warps, X_ROW_BYTES * warps
-    sums_bytes = 4 * TILE_ROWS * batch * warps
+    sums_bytes, last_sh = 4 * TILE_ROWS * batch * warps, last_stage * stage_bytes
     n_acc, n_sums, n_x_at = 8 * batch_tiles, 4 * batch_tiles, 2 * batch_tiles
     zero, nothing, start = np.float32(0), np.uint32(0), np.int32(0)
     wait_for_oldest, finish = ptx.CP_ASYNC_WAIT[last_stage], make_finish(config.dtype, batch, TILE_ROWS, warps)
@@ -156,9 +156,9 @@ def make(config: Config) -> Callable:
         tile_bytes, scale_bytes = np.int32(count * piece_bytes), np.int32(8 * record * (count // group_pieces))
         scale_step = np.int32(8 * record * (step_pieces // group_pieces))
         w_gl, scale_gl = np.int64(w_gl) + np.int64(tile) * tile_bytes, np.int64(scale_gl) + np.int64(tile) * scale_bytes
-        begin = np.int32(warp * (stages * WEIGHT_BYTES))
-        if lane == 0 and begin < tile_bytes:
-            ptx.prefetch_l2_bulk(w_gl + begin, min(np.int32(stages * WEIGHT_BYTES), np.int32(tile_bytes - begin)))
+        early = np.int32(warp * (stages * WEIGHT_BYTES))
+        if lane == 0 and early < tile_bytes:
+            ptx.prefetch_l2_bulk(w_gl + early, min(np.int32(stages * WEIGHT_BYTES), np.int32(tile_bytes - early)))
         if thread == 1:
             ptx.prefetch_l2_bulk(scale_gl, scale_bytes)
         own_pieces = np.int32(count - PIECES * warp)
@@ -192,32 +192,22 @@ def make(config: Config) -> Callable:
         ptx.wait_for_primary()
         ptx.launch_dependents()
         waiting, ahead = np.int32(steps * ((tiles - tile + apart - 1) // apart)), steps  # stages to be copied, in all and of this tile
-        filling, using = start, start
-        parity = start
-        for i in range(last_stage):
-            if waiting > 0:
-                copy(np.int32(copy_sh + filling), w_gl, scale_gl, left, group_pieces, record)
-                copy_x(np.int32(copy_x_sh + filling), x_gl, x_jump, x_count, np.int32(x_count - odd), left_k)
-                w_gl, scale_gl, x_gl = w_gl + step_bytes, scale_gl + scale_step, x_gl + x_step
-                left, left_k = np.int32(left - step_pieces), np.int32(left_k - PIECE_K * step_pieces)
-                waiting, ahead = np.int32(waiting - 1), np.int32(ahead - 1)
-                if ahead == 0:
-                    w_gl, scale_gl, x_gl, left, left_k, ahead = w_gl + w_jump, scale_gl + scale_jump, x_begin, own_pieces, own_k, steps
-                filling = np.int32(filling + stage_bytes)
-            ptx.cp_async_commit()
+        filling, using, parity, begin = start, start, start, np.int32(-last_stage)  # steps below 0 only copy
         while tile < tiles:
-            for step in range(steps):
+            for step in range(begin, steps):
                 ptx.warp_sync()  # every lane has read the stage that is filled now
                 if waiting > 0:
                     copy(np.int32(copy_sh + filling), w_gl, scale_gl, left, group_pieces, record)
                     copy_x(np.int32(copy_x_sh + filling), x_gl, x_jump, x_count, np.int32(x_count - odd), left_k)
                     w_gl, scale_gl, x_gl = w_gl + step_bytes, scale_gl + scale_step, x_gl + x_step
                     left, left_k = np.int32(left - step_pieces), np.int32(left_k - PIECE_K * step_pieces)
+                    filling = start if filling == last_sh else np.int32(filling + stage_bytes)
                     waiting, ahead = np.int32(waiting - 1), np.int32(ahead - 1)
                     if ahead == 0:
                         w_gl, scale_gl, x_gl, left, left_k, ahead = w_gl + w_jump, scale_gl + scale_jump, x_begin, own_pieces, own_k, steps
-                    filling = start if filling == last_stage * stage_bytes else np.int32(filling + stage_bytes)
                 ptx.cp_async_commit()
+                if step < 0:
+                    continue
                 wait_for_oldest()
                 ptx.warp_sync()
                 stage_sh = np.int32(copy_sh + using)
@@ -225,7 +215,7 @@ def make(config: Config) -> Callable:
                     even, swapped = place_x(min(g + 8 * j, x_count - 1), 16 * t)
                     x_sh = np.int32(ring_sh + x_offset + using)
                     x_at[2 * j], x_at[2 * j + 1] = np.int32(x_sh + even), np.int32(x_sh + swapped)
-                using = start if using == last_stage * stage_bytes else np.int32(using + stage_bytes)
+                using = start if using == last_sh else np.int32(using + stage_bytes)
                 # Written out: LLVM keeps such a loop as one.
                 multiply(0, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
                 multiply(1, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
@@ -236,7 +226,7 @@ def make(config: Config) -> Callable:
             parity = np.int32(sums_bytes - parity)
             for i in range(n_acc):
                 acc[i] = zero
-            tile = np.int32(tile + apart)
+            tile, begin = np.int32(tile + apart), start
 
     return linear_w4a16
 
