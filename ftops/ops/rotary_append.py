@@ -13,8 +13,11 @@ import torch
 
 from ftops.op import Case, check_beside, check_tensors, debugging, invalid, register, straight
 from ftops.ops.append_kv import CACHE_8BIT, INDEX_DTYPES, check_cache, check_pages
+from ftops.ops.append_kv import _cpu as append_cpu
 from ftops.ops.append_kv import reference as append_reference
+from ftops.ops.rms_norm import _cpu as norm_cpu
 from ftops.ops.rms_norm import reference as norm_reference
+from ftops.ops.rotary import _cpu as rotary_cpu
 from ftops.ops.rotary import angles, check_freqs, rotate
 from ftops.samples import randn
 
@@ -38,6 +41,20 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.
     return turned(q, q_norm).to(q.dtype).contiguous()
 
 
+def _cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor,
+         rotary_positions: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None, q_norm: torch.Tensor | None,
+         k_norm: torch.Tensor | None, eps: float, norm_offset: float, interleaved: bool, rotary_dim: int, page_table: torch.Tensor | None,
+         k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> torch.Tensor:
+    """The parts' own: a quarter of the reference's time for one token."""
+    if rotary_positions is not None and sin is not None:
+        rotary_positions = rotary_positions.clamp(0, cos.shape[0] - 1)
+    q = q if q_norm is None else norm_cpu(q, q_norm, eps, norm_offset)
+    k = k if k_norm is None else norm_cpu(k, k_norm, eps, norm_offset)
+    q, k = rotary_cpu(q, k, rotary_positions, cos, sin, interleaved, rotary_dim)
+    append_cpu(k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale)
+    return q
+
+
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.rotary_append import launch
     return launch
@@ -47,7 +64,7 @@ ROTARY_APPEND = register(
     "rotary_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor? rotary_positions, "
     "Tensor cos, Tensor? sin, Tensor? q_norm, Tensor? k_norm, float eps, float norm_offset, bool interleaved, int rotary_dim, "
     "Tensor? page_table, Tensor? k_scale, Tensor? v_scale) -> Tensor",
-    cpu=reference, cuda=_cuda, fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device))
+    cpu=_cpu, cuda=_cuda, fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device))
 _rotary_append = straight(ROTARY_APPEND)
 
 
