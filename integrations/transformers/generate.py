@@ -78,9 +78,10 @@ class Generating(Swapped):
                 synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any) -> Any:
         reason = unfit(self) or _unserved(input_ids, generation_config, synced_gpus, model_kwargs)
         options = None
-        if reason is None:
+        drawn_there = generation_config.do_sample and not fixed(self)  # on a CPU even the drawn tokens stay the same
+        if reason is None and not drawn_there:
             options, reason = _translated(input_ids, logits_processor, stopping_criteria, generation_config)
-        if reason is not None:
+        if options is None:
             _say(reason)
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
                                    streamer=streamer, **model_kwargs)
@@ -102,11 +103,10 @@ class Generating(Swapped):
             reason = "beams that are sampled"
         if reason is None:
             options, reason = _translated(input_ids, logits_processor, stopping_criteria, generation_config)
-        if reason is None and (options.processors or options.criteria):
-            reason = "beams with processors or criteria of the caller's"
-        if reason is not None or not fixed(self):  # on a CPU growing caches are faster, and transformers reorders those
-            if reason is not None:
-                _say(reason)
+        if options is not None and (options.processors or options.criteria):
+            options, reason = None, "beams with processors or criteria of the caller's"
+        if options is None or not fixed(self):  # on a CPU growing caches are faster, and transformers reorders those
+            _say(reason)
             return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
                                         **model_kwargs)
         beams = BeamOptions(generation_config.num_beams, generation_config.length_penalty, generation_config.early_stopping)
@@ -123,9 +123,9 @@ class Generating(Swapped):
             return one.best(input_ids.shape[1], generation_config.num_return_sequences)
 
 
-def _say(reason: str) -> None:
-    """Once, that transformers' own loop runs."""
-    if reason not in _SAID:
+def _say(reason: str | None) -> None:
+    """Once, that transformers' own loop runs, and why; None is no reason to say anything."""
+    if reason is not None and reason not in _SAID:
         _SAID.add(reason)
         _LOG.warning("generate: %s; transformers' own loop does it", reason)
 

@@ -8,15 +8,20 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from ftops.integrations.transformers.decoder import unfit
+from ftops.integrations.transformers.generate import generate
 from ftops.integrations.transformers.layer import FusedLayer
 from ftops.integrations.transformers.leaves import FusedNorm
+
+NEW = 4  # tokens: one from the prompt, a step as it is, and two of its graph
 
 
 def warmup(model: nn.Module, *, batch_sizes: Sequence[int] = (1,), max_length: int | None = None) -> None:
     """Compiles ahead of use the kernels of a patched text model, with a progress bar.
 
     For each batch size it runs a prompt of max_length tokens (default: 512 or what the model allows), with and without padding, and,
-    for a decoder, single steps after it with both kinds of cache. Raises TypeError or ValueError for what it cannot run.
+    for a decoder, single steps after it with both kinds of cache, and the generation loop, whose graphs for the last batch size stay.
+    Raises TypeError or ValueError for what it cannot run.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"warmup: model is a {type(model).__name__}; allowed: a transformers model")
@@ -57,6 +62,10 @@ def _runs(model: PreTrainedModel, batch: int, length: int) -> Iterator[Callable[
             continue
         for kind in (DynamicCache, StaticCache):
             yield lambda mask=mask, kind=kind: _in_pieces(model, ids, mask, kind)
+        if unfit(model) is None and length > NEW:
+            for options in ({}, {"temperature": 1.0, "repetition_penalty": 1.1}):  # penalties make the logits float32
+                yield lambda mask=mask, options=options: generate(
+                    model, ids[:, NEW:], None if mask is None else mask[:, NEW - 1 : -1], max_new_tokens=NEW, **options)
 
 
 def _in_pieces(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, kind: type[Cache]) -> None:
