@@ -30,10 +30,10 @@ def distribution(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
     if top_k is not None:
         p[x < np.sort(x)[::-1][min(top_k, len(x)) - 1]] = 0
     if top_p is not None:
-        levels = np.unique(x)[::-1]
-        mass = np.array([p[x == level].sum() for level in levels])
-        above = dict(zip(levels, (np.cumsum(mass) - mass) / p.sum(), strict=True))
-        p = np.where([above[value] < top_p or value == x.max() for value in x], p, 0)
+        _, place = np.unique(-x, return_inverse=True)
+        mass = np.bincount(place, p)
+        above = (np.cumsum(mass) - mass) / p.sum()
+        p = np.where((above < top_p)[place] | (x == x.max()), p, 0)
     if min_p is not None:
         p[np.exp((x - x.max()) / temperature) < min_p] = 0
     p /= p.sum()
