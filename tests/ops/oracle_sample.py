@@ -25,7 +25,7 @@ def distribution(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
     """The probabilities float64 [V] with which the tokens of one row are drawn."""
     x = logits.double().numpy()
     if temperature == 0 or top_k == 1:
-        return np.eye(len(x))[int(np.argmax(x))]
+        return (np.arange(len(x)) == np.argmax(x)).astype(np.float64)
     p = np.exp((x - x.max()) / temperature)
     if top_k is not None:
         p[x < np.sort(x)[::-1][min(top_k, len(x)) - 1]] = 0
