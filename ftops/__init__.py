@@ -21,15 +21,23 @@ if TYPE_CHECKING:
     from ftops.generation import Generated, Stream
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "generate", "ops", "patch", "quant", "report", "stream", "unpatch", "warmup"]
+__all__ = ["QuantConfig", "Report", "__version__", "generate", "ops", "patch", "quant", "quantize", "report", "stream", "unpatch", "warmup"]
 
 
-def patch(model: torch.nn.Module, *, quant: str | None = None, kv_cache: str | None = None,
+def __getattr__(name: str) -> Any:
+    if name == "QuantConfig":  # it derives from a class of transformers, which is imported when it is asked for
+        from ftops.integrations.transformers.quantizer import QuantConfig
+        return QuantConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def patch(model: torch.nn.Module, *, quant: str | Any = None, kv_cache: str | None = None,
           tp: int | None = None, pp: int | None = None) -> torch.nn.Module:
     """Swaps the layers of a Hugging Face model for fused ones, in place, and returns the same object.
 
     Parameters are shared, not copied; `state_dict()` keeps its keys and values. Families without a description get their
-    norms and attention swapped. `ftops.report(model)` says what was done, and `ftops.unpatch(model)` undoes it.
+    norms and attention swapped. quant: first, what `ftops.quantize` does. `ftops.report(model)` says what was done, and
+    `ftops.unpatch(model)` undoes it.
     Raises TypeError or ValueError, before anything is changed, for an argument that cannot be served.
     """
     from ftops.integrations.transformers.patch import patch as implementation
@@ -37,9 +45,24 @@ def patch(model: torch.nn.Module, *, quant: str | None = None, kv_cache: str | N
 
 
 def unpatch(model: torch.nn.Module) -> torch.nn.Module:
-    """Puts the original layers back: forward, state_dict and generate are exactly as before `patch`."""
+    """Puts the original layers back: forward, state_dict and generate are exactly as before `patch`.
+
+    Quantised linear layers stay so, since their weights were let go, and a warning says it; `model.dequantize()` makes plain ones of what
+    the format kept.
+    """
     from ftops.integrations.transformers.patch import unpatch as implementation
     return implementation(model)
+
+
+def quantize(model: torch.nn.Module, quant: str | Any, *, calibration: Any = None, **options: Any) -> torch.nn.Module:
+    """Quantises the linear layers of a model, patched or not, in place, lets their weights go and returns the same object.
+
+    quant: "int4", "int8", "fp8", "w8a8", with `options` as of `ftops.QuantConfig`, or one of those. The output head and the embeddings stay
+    as they are unless it says so. calibration, for w8a8: token ids [B,S], what a tokenizer gives, or several of them; layers are then
+    smoothed by the largest activations met (SmoothQuant). Raises TypeError or ValueError before anything is changed.
+    """
+    from ftops.integrations.transformers.quantizer import quantize as implementation
+    return implementation(model, quant, calibration, **options)
 
 
 def report(model: torch.nn.Module) -> Report:

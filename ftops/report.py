@@ -2,19 +2,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 
 
 @dataclass(frozen=True)
 class Row:
-    """One module: its path, what took its place (None: kept), why, and how often it fell back to the original since."""
+    """One module: its path, what took its place (None: kept), why, and how often it fell back to the original since.
+
+    quantised: the formats of the weights in it; weights: their bytes before and after.
+    """
 
     module: str
     kind: str
     swapped_to: str | None
     reason: str = ""
     fallbacks: tuple[tuple[str, int], ...] = ()
+    quantised: str = ""
+    weights: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,11 @@ class Report:
         """Calls that the original layers served, over all modules."""
         return sum(count for row in self.rows for _, count in row.fallbacks)
 
+    @property
+    def weights(self) -> tuple[int, int]:
+        """Bytes of all quantised weights, before and after."""
+        return sum(row.weights[0] for row in self.rows), sum(row.weights[1] for row in self.rows)
+
     def __str__(self) -> str:
         from rich.console import Console
         text = StringIO()
@@ -46,16 +56,22 @@ class Report:
     def __rich__(self) -> object:
         from rich.console import Group
         from rich.table import Table
-        title = f"{self.model}: {self.family or ('no description, leaves swapped' if self.swapped else 'nothing swapped')}"
+        leaves = any(not row.quantised for row in self.swapped)
+        what = "no description, leaves swapped" if leaves else "linears quantised" if self.swapped else "nothing swapped"
+        title = f"{self.model}: {self.family or what}"
         if not self.rows:
             return title
+        quantised = any(row.quantised for row in self.rows)
+        if quantised:
+            title += f"; quantised weights take {_mib(self.weights)} MiB"
         table = Table()
         reasons, fallbacks = any(row.reason for row in self.rows), self.fallbacks > 0
-        for column in ("module", "class", "swapped to", *["why"] * reasons, *["fell back"] * fallbacks):
+        for column in ("module", "class", "swapped to", *["why"] * reasons, *["fell back"] * fallbacks, *["weights", "MiB"] * quantised):
             table.add_column(column, overflow="fold")
         for row, names in _runs(self.rows):
             fallen = ", ".join(f"{reason}: {count}" for reason, count in row.fallbacks)
-            table.add_row(names, row.kind, row.swapped_to or "kept", *[row.reason] * reasons, *[fallen] * fallbacks)
+            table.add_row(names, row.kind, row.swapped_to or "kept", *[row.reason] * reasons, *[fallen] * fallbacks,
+                          *[row.quantised, _mib(row.weights) if row.quantised else ""] * quantised)
         return Group(title, table)
 
 
@@ -71,4 +87,8 @@ def _runs(rows: tuple[Row, ...]) -> Iterator[tuple[Row, str]]:
 
 
 def _same(a: Row, b: Row) -> bool:
-    return (a.kind, a.swapped_to, a.reason, a.fallbacks) == (b.kind, b.swapped_to, b.reason, b.fallbacks)
+    return replace(a, module="") == replace(b, module="")
+
+
+def _mib(weights: tuple[int, int]) -> str:
+    return " -> ".join(f"{size / 2**20:.1f}" for size in weights)

@@ -10,9 +10,10 @@ import torch
 from ftops.op import invalid
 from ftops.ops import linear_fp8
 from ftops.ops.linear_fp8 import FP8, dequantise
-from ftops.quant.weight import QuantizedWeight, check_format, check_weight, cut
+from ftops.quant.weight import Layout, QuantizedWeight, check_format, check_weight, cut
 
 VERSION = 1
+LAYOUT = Layout()
 WIDTH = 16  # values of an access
 LARGEST = 448.0
 

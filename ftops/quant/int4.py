@@ -12,10 +12,11 @@ import torch
 from ftops.op import invalid
 from ftops.ops import linear_w4a16
 from ftops.packing import PIECE_K, TILE_ROWS, dequantise_4bit, pack_4bit, pack_groups
-from ftops.quant.weight import QuantizedWeight, check_format, check_weight, cut
+from ftops.quant.weight import Layout, QuantizedWeight, check_format, check_weight, cut
 
 GROUP_SIZES = (32, 64, 128)
 VERSION = 1
+LAYOUT = Layout(rows=TILE_ROWS, of_dtype=("scales",))
 
 
 def quantize(weight: torch.Tensor, group_size: int | None = None, zero_points: bool = False) -> QuantizedWeight:

@@ -12,7 +12,10 @@ import torch
 from ftops.op import invalid
 from ftops.ops import linear_w8a8
 from ftops.quant import int8
-from ftops.quant.weight import QuantizedWeight, check_format, check_weight, cut
+from ftops.quant.weight import Layout, QuantizedWeight, check_format, check_weight, cut
+
+VERSION = int8.VERSION
+LAYOUT = Layout(whole=("smooth",))
 
 
 def smoothing(largest: torch.Tensor, weight: torch.Tensor, share: float = 0.5) -> torch.Tensor:

@@ -25,11 +25,33 @@ class QuantizedWeight:
         return getattr(torch, str(self.metadata["dtype"]))
 
     @property
+    def name(self) -> str:
+        """The format, and how many values of k share a scale unless a whole row does."""
+        return f"{self.format}, groups of {self.metadata['group_size']}" if "group_size" in self.metadata else self.format
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a format's tensors hang together.
+
+    rows: of the weight, in multiples of which weights are cut and joined. of_dtype: the tensors that have the weight's dtype. whole: those
+    that belong to the columns, and are the same for all rows.
+    """
+
+    rows: int = 1
+    of_dtype: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
 
 
 def check_weight(format: str, weight: torch.Tensor) -> None:

@@ -26,9 +26,11 @@ from ftops.integrations.transformers.swap import (
     swapped_class,
 )
 from ftops.integrations.transformers.weights import assemble, check_parts, check_rows, release
+from ftops.quant import QuantizedWeight
+from ftops.quant.module import Quantized
 
 # Where the modules inside of a layer may come from, besides the layer's own file.
-KNOWN = ("torch.nn.modules.", "transformers.activations", "transformers.pytorch_utils")
+KNOWN = ("torch.nn.modules.", "transformers.activations", "transformers.pytorch_utils", "ftops.quant.module")
 # Arguments of a layer's forward that the block uses or that change nothing; any other one that is given means a fallback.
 SERVED = (SILENT | {"hidden_states", "attention_mask", "layer_past"}) - {"is_causal"}
 
@@ -84,12 +86,15 @@ class State:
             # As transformers does for its static caches: without it CUDA graphs of torch.compile would copy the weights at each replay.
             torch._dynamo.mark_static_address(tensor)
         inner = tuple(module for module in layer.modules() if module is not layer)
+        quantised = [module for module in inner if isinstance(module, Quantized)]
         held = [(module.__dict__[kind], name, value) for module in (layer, *inner) for kind in ("_modules", "_parameters")
                 for name, value in module.__dict__[kind].items()]
+        held += [(module._buffers, name, value) for module in quantised for name, value in module._buffers.items()]
         held += [(module.__dict__, "forward", module.__dict__.get("forward")) for module in inner]
         # Columns, not rows: what a check reads lies close together.
         self._held = tuple(zip(*held, strict=True))
-        self._memory = (parameters := tuple(layer.parameters())), tuple(parameter.data_ptr() for parameter in parameters)
+        tensors = (*layer.parameters(), *(tensor for module in quantised for tensor in module._buffers.values()))
+        self._memory = tensors, tuple(tensor.data_ptr() for tensor in tensors)
         self._hooks = (*(hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)),
                        module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
         self._hooks_seen = -1
@@ -102,8 +107,8 @@ class State:
         for owner, name, held in zip(*self._held, strict=False):
             if owner.get(name) is not held:
                 return f"{name} was replaced; call ftops.patch(model) again"
-        for parameter, address in zip(*self._memory, strict=False):
-            if parameter.data_ptr() != address:
+        for tensor, address in zip(*self._memory, strict=False):
+            if tensor.data_ptr() != address:
                 return "parameters were given other memory; call ftops.patch(model) again"
         # Every hook that is registered, anywhere, draws a number.
         if self._hooks_seen != RemovableHandle.next_id:
@@ -233,4 +238,5 @@ def restore_layer(layer: nn.Module) -> None:
 
 def _tensors(block: Block) -> list[torch.Tensor]:
     weights = [value for value in vars(block.weights).values() if value is not None]
-    return [tensor for part in weights for tensor in (part.weight, part.bias) if tensor is not None]
+    held = [tensor for part in weights for tensor in (part.weight, part.bias) if tensor is not None]
+    return [tensor for one in held for tensor in (one.tensors.values() if isinstance(one, QuantizedWeight) else (one,))]

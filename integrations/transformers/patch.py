@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,9 +21,12 @@ from ftops.integrations.transformers.attention import ROWS, WHOLE, AttentionStat
 from ftops.integrations.transformers.generate import Generating, restore_generate, swap_generate
 from ftops.integrations.transformers.layer import FusedLayer, examine, restore_layer, swap_layer
 from ftops.integrations.transformers.leaves import FusedNorm, NormState, examine_norm, is_norm, restore_norm, swap_norm
+from ftops.integrations.transformers.quantizer import QuantConfig, quantize
 from ftops.integrations.transformers.swap import offloaded
+from ftops.quant.module import Quantized, QuantizedLinear
 from ftops.report import Report, Row
 
+_LOG = logging.getLogger("ftops")
 REGISTRY = "ops.attention, through transformers' registry"
 
 
@@ -57,10 +61,12 @@ class Plan:
         return str(Report(self.model, self.family, tuple(Row(s.path, s.kind, s.swapped_to, s.reason) for s in self.steps)))
 
 
-def patch(model: nn.Module, *, quant: str | None = None, kv_cache: str | None = None, tp: int | None = None,
+def patch(model: nn.Module, *, quant: str | QuantConfig | None = None, kv_cache: str | None = None, tp: int | None = None,
           pp: int | None = None) -> nn.Module:
     """See `ftops.patch`."""
-    _check(model, quant=quant, kv_cache=kv_cache, tp=tp, pp=pp)
+    _check(model, kv_cache=kv_cache, tp=tp, pp=pp)
+    if quant is not None:
+        quantize(model, quant)
     register()
     apply(model, plan(model))
     return model
@@ -69,6 +75,11 @@ def patch(model: nn.Module, *, quant: str | None = None, kv_cache: str | None = 
 def unpatch(model: nn.Module) -> nn.Module:
     """See `ftops.unpatch`."""
     _check_model("unpatch", model)
+    formats = sorted({module.format for module in model.modules() if isinstance(module, Quantized)})
+    if formats:
+        _LOG.warning("unpatch: layers, attention and generate are the original's again; its linear layers stay %s, since their weights "
+                     "were let go. Load the model again for those, or call model.dequantize() for what was kept of them",
+                     " and ".join(formats))
     for module in model.modules():
         if isinstance(module, FusedLayer):
             restore_layer(module)
@@ -89,12 +100,17 @@ def report(model: nn.Module) -> Report:
     _check_model("report", model)
     done: Plan | None = model.__dict__.get("_ftops_plan")
     kept = {step.path: step for step in done.steps if step.swap is None} if done else {}
-    rows, families = [], []
+    rows, families, inside = [], [], None
     for path, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, FusedLayer):
             families.append(module._ftops.arch.name)
-            rows.append(Row(path, kind, f"ftops block ({families[-1]})", module._ftops.reason or "", _counts(module._ftops.fallbacks)))
+            inside = f"{path}." if path else ""
+            rows.append(Row(path, kind, f"ftops block ({families[-1]})", module._ftops.reason or "", _counts(module._ftops.fallbacks),
+                            *_quantised(module)))
+        elif isinstance(module, Quantized) and (inside is None or not path.startswith(inside)):
+            rows.append(Row(path, kind, "quantised linear" if isinstance(module, QuantizedLinear) else "quantised embedding", "", (),
+                            *_quantised(module)))
         elif isinstance(module, FusedNorm):
             rows.append(Row(path, kind, f"ops.{module._ftops.op}", "", _counts(module._ftops.fallbacks)))
         elif "_ftops_attention" in module.__dict__:
@@ -102,6 +118,13 @@ def report(model: nn.Module) -> Report:
         elif path in kept:
             rows.append(Row(path, kind, None, kept[path].reason))
     return Report(type(model).__name__, families[0] if families else None, tuple(rows))
+
+
+def _quantised(module: nn.Module) -> tuple[str, tuple[int, int]]:
+    """The formats of the quantised weights in a module, and their bytes before and after."""
+    weights = [part.qw for part in module.modules() if isinstance(part, Quantized)]
+    before = sum(qw.shape[0] * qw.shape[1] * qw.dtype.itemsize for qw in weights)
+    return " and ".join(sorted({qw.name for qw in weights})), (before, sum(qw.nbytes for qw in weights))
 
 
 def _counts(fallbacks: Counter[str]) -> tuple[tuple[str, int], ...]:
@@ -117,7 +140,7 @@ def _check_model(function: str, model: object) -> None:
 def _check(model: object, **options: object) -> None:
     """Everything that can be wrong with a call of patch, before anything is changed."""
     _check_model("patch", model)
-    meaning = {"quant": "quantised weights", "kv_cache": "an 8-bit cache", "tp": "tensor parallelism", "pp": "pipeline parallelism"}
+    meaning = {"kv_cache": "an 8-bit cache", "tp": "tensor parallelism", "pp": "pipeline parallelism"}
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"patch: {name} is {value!r}; allowed: None ({meaning[name]} is not in this version)")

@@ -4,7 +4,7 @@ The fused matrix is made once and the original parameters become slices of it, s
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from ftops.block import BlockSpec, BlockWeights, Linear, Norm
 from ftops.integrations.transformers.arch import Arch, Unfit, follow
 from ftops.op import DTYPES
+from ftops.quant import QuantizedWeight
+from ftops.quant.join import check_join, fuse, join
+from ftops.quant.module import QuantizedLinear
 
 
 def parts(arch: Arch) -> tuple[str, ...]:
@@ -26,11 +29,11 @@ def check_parts(arch: Arch, layer: nn.Module) -> None:
     for path in parts(arch):
         part = follow(layer, path)
         kind = type(part)
-        if path not in norms and kind not in (nn.Linear, Conv1D):
+        if path not in norms and kind not in (nn.Linear, Conv1D, QuantizedLinear):
             raise Unfit(f"{path} is a {kind.__name__}, not a plain linear")
         if path in norms and (kind is not nn.LayerNorm if arch.norm == "layer" else kind.__module__ != type(layer).__module__):
             raise Unfit(f"{path} is a {kind.__name__}, not the family's own norm")
-        if part.weight is None:
+        if kind is not QuantizedLinear and part.weight is None:
             raise Unfit(f"{path} has no weight")
     parameters = list(_parameters(arch, layer))
     for path, parameter in parameters:
@@ -40,7 +43,9 @@ def check_parts(arch: Arch, layer: nn.Module) -> None:
             raise Unfit(f"{path} is on {parameter.device}")
         if parameter.dtype not in DTYPES:
             raise Unfit(f"{path} is {parameter.dtype}")
-    if len({(parameter.dtype, parameter.device) for _, parameter in parameters}) > 1:
+    kinds = {(parameter.dtype, parameter.device) for _, parameter in parameters}
+    quantised = [part.qw for part in (follow(layer, path) for path in parts(arch)) if type(part) is QuantizedLinear]
+    if len(kinds | {(qw.dtype, qw.device) for qw in quantised}) > 1:
         raise Unfit("its parameters have different dtypes or devices")
     if any(buffer.is_meta for buffer in layer.buffers()):
         raise Unfit("it has buffers on the meta device")
@@ -48,13 +53,20 @@ def check_parts(arch: Arch, layer: nn.Module) -> None:
         modules = [follow(layer, path) for path in group]
         if len({module.bias is None for module in modules}) > 1:
             raise Unfit(f"some of {', '.join(group)} have a bias and some have not")
-        if len({id(module.weight) for module in modules}) < len(modules):
+        quantised = [module.qw for module in modules if type(module) is QuantizedLinear]
+        if quantised and len(quantised) < len(modules):
+            raise Unfit(f"some of {', '.join(group)} are quantised and some are not")
+        try:
+            check_join(quantised)
+        except ValueError as error:
+            raise Unfit(f"{', '.join(group)} are not one weight: {error}") from None
+        if not quantised and len({id(module.weight) for module in modules}) < len(modules):
             raise Unfit(f"{', '.join(group)} share a weight")
 
 
 def check_rows(arch: Arch, layer: nn.Module, spec: BlockSpec) -> None:
     """Raises Unfit if q, k and v do not have the heads of `spec`."""
-    rows = sum(_oriented(follow(layer, path)).shape[0] for path in arch.qkv)
+    rows = sum(_weight(follow(layer, path)).shape[0] for path in arch.qkv)
     expected = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     if rows != expected:
         raise Unfit(f"q, k and v have {rows} rows together, not {expected}: heads were removed or split")
@@ -73,34 +85,14 @@ def release(arch: Arch, layer: nn.Module) -> None:
     """Gives the fused parameters memory of their own again."""
     for group in (arch.qkv, arch.up):
         for module in (follow(layer, path) for path in group if len(group) > 1):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.clone()
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.clone()
 
 
-def fuse(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The rows of all tensors as one, whose slices they become. Does nothing if they already lie one after the other."""
-    first = tensors[0].data
-    if len(tensors) == 1:
-        return first
-    if not _adjacent(tensors):
-        fused = torch.cat([tensor.data for tensor in tensors])
-        for tensor, rows in zip(tensors, fused.split([len(tensor) for tensor in tensors]), strict=True):
-            tensor.data = rows
-        return fused
-    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
-
-
-def _adjacent(tensors: Sequence[torch.Tensor]) -> bool:
-    storage, end = tensors[0].untyped_storage().data_ptr(), tensors[0].storage_offset()
-    for tensor in tensors:
-        if not tensor.is_contiguous() or tensor.storage_offset() != end or tensor.untyped_storage().data_ptr() != storage:
-            return False
-        end += tensor.numel()
-    return True
-
-
-def _oriented(module: nn.Module) -> torch.Tensor:
+def _weight(module: nn.Module) -> torch.Tensor | QuantizedWeight:
     """The weight as [out, in]; Conv1D keeps it as [in, out]."""
+    if type(module) is QuantizedLinear:
+        return module.qw
     return module.weight.data.t() if type(module) is Conv1D else module.weight.data
 
 
@@ -108,8 +100,10 @@ def _linear(layer: nn.Module, paths: tuple[str, ...]) -> Linear:
     modules = [follow(layer, path) for path in paths]
     if len(modules) == 1:
         bias = modules[0].bias
-        return Linear(_oriented(modules[0]), None if bias is None else bias.data)
+        return Linear(_weight(modules[0]), None if bias is None else bias.data)
     bias = None if modules[0].bias is None else fuse([module.bias for module in modules])
+    if type(modules[0]) is QuantizedLinear:
+        return Linear(join([module.qw for module in modules]), bias)
     return Linear(fuse([module.weight for module in modules]), bias)
 
 
