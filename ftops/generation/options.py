@@ -18,7 +18,8 @@ _FLOATS = {
     "repetition_penalty": (0.0, float("inf"), False, 1.0), "presence_penalty": (float("-inf"), float("inf"), True, 0.0),
     "frequency_penalty": (float("-inf"), float("inf"), True, 0.0),
 }
-_INTEGERS = {"max_new_tokens": 1, "min_new_tokens": 0, "top_k": 1, "top_p_reset_ids": 0, "no_repeat_ngram_size": 0, "seed": None}
+_INTEGERS = {"max_new_tokens": 1, "min_new_tokens": 0, "top_k": 1, "top_p_reset_ids": 0, "no_repeat_ngram_size": 0, "seed": None,
+             "prompt_lookup_num_tokens": 0}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Options:
     bad_words: token sequences that may not be completed; sequence_bias: {sequence: added to its last token}; logit_bias: {token: added},
     or a tensor [V] or [B,V]. A row ends with an eos_token_id, which min_new_tokens forbids, or with a `stop` sequence of tokens, or of text
     (then `tokenizer` is needed); afterwards it has pad_token_id, or without one it goes on until all rows have ended.
-    Row b draws with seed[b], or seed + b. processors: callables (ids[B,S], logits[B,V]) -> logits, before all else; criteria: callables
+    Row b draws with seed[b], or seed + b. prompt_lookup_num_tokens: how many tokens, up to 15, a step guesses from the text so far and
+    checks at once: the tokens are the same, sooner where the answer repeats the prompt; not with penalties, words, callables or streams.
+    processors: callables (ids[B,S], logits[B,V]) -> logits, before all else; criteria: callables
     (ids, logits) -> bool [B], which end rows. Both are called on the host at every step, which then has to wait for it.
     """
 
@@ -56,6 +59,7 @@ class Options:
     eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
     seed: Integer = 0
+    prompt_lookup_num_tokens: int = 0
     tokenizer: Any = None
     processors: Sequence[Callable[..., torch.Tensor]] = ()
     criteria: Sequence[Callable[..., torch.Tensor]] = ()

@@ -90,6 +90,28 @@ class CausalDecoder:
                              **options).logits[:, -1]
 
 
+class SeveralDecoder(CausalDecoder):
+    """Reads `several` tokens a row in a step, of which each row keeps its own number; the next step writes over the others."""
+
+    def __init__(self, model: PreTrainedModel, batch: int, capacity: int, several: int) -> None:
+        super().__init__(model, batch, capacity)
+        self._fixed = True
+        with torch.inference_mode(False):
+            self._places = torch.zeros((batch, several), dtype=torch.int32, device=self.device)
+            self._ahead = torch.arange(several, dtype=torch.int32, device=self.device)
+        self._cache = Cache(layers=[FixedLayer(capacity, self._places, self._lengths) for _ in range(self.config.num_hidden_layers)])
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._places.copy_(self._lengths[:, None] + self._ahead)
+        self._lengths.add_(len(self._ahead))
+        return self._model()(input_ids=tokens, attention_mask=self._rows if self._padded else None, past_key_values=self._cache,
+                             position_ids=self._positions + self._ahead, use_cache=True).logits
+
+    def keep(self, counts: torch.Tensor) -> None:
+        self._lengths.add_(counts - len(self._ahead))
+        self._positions.add_(counts[:, None])
+
+
 def fixed(model: PreTrainedModel) -> bool:
     """Whether its cache stays where it is, as a graph needs it. On a CPU one that grows is attended to as a whole, which is faster."""
     return model.device.type == "cuda" and not any(map(_watched, model.modules()))

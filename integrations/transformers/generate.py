@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from transformers.generation import logits_process as processors_of
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from ftops.generation import BeamOptions, BeamSession, Generated, Loop, Options, Stream
+from ftops.generation import BeamOptions, BeamSession, Generated, LookupLoop, LookupSession, Loop, Options, Stream, rules
+from ftops.generation.lookup import MOST, SERVED
 from ftops.generation.options import parse
 from ftops.integrations.transformers.beams import BeamCausalDecoder
-from ftops.integrations.transformers.decoder import fixed, forget, session, unfit
+from ftops.integrations.transformers.decoder import SeveralDecoder, fixed, forget, session, unfit
 from ftops.integrations.transformers.swap import Swapped, change_class, original_class, swapped_class
 
 _LOG = logging.getLogger("ftops")
@@ -27,6 +28,8 @@ _SAID: set[str] = set()
 def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, return_logprobs: bool = False,
              return_logits: bool = False, **options: Any) -> torch.Tensor | Generated:
     """See `ftops.generate`."""
+    if options.get("prompt_lookup_num_tokens"):
+        return _looked_up(model, input_ids, attention_mask, return_logprobs or return_logits, options)
     running = stream(model, input_ids, attention_mask, return_logprobs=return_logprobs, return_logits=return_logits, **options)
     for _ in running:
         pass
@@ -34,10 +37,31 @@ def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: to
     return made if return_logprobs or return_logits else made.sequences
 
 
+def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, more: bool, options: dict[str, Any]) -> torch.Tensor:
+    parsed = _checked(model, ids, mask, options)
+    drafts, counted = parsed.prompt_lookup_num_tokens, torch.ones_like(ids, dtype=torch.bool)
+    asked = rules.build(parsed, ids, counted, model.config.get_text_config(decoder=True).vocab_size).keys() - SERVED
+    if drafts > MOST or asked or more or parsed.processors or parsed.criteria or parsed.stop:
+        raise ValueError(f"generate: prompt_lookup_num_tokens is {drafts}; allowed: 1 to {MOST}, without penalties, bias, words to avoid or "
+                         "to stop at, min_new_tokens, top_p that changes, callables, return_logprobs and return_logits")
+
+    def make(model: PreTrainedModel, batch: int, capacity: int) -> LookupSession:
+        return LookupSession(SeveralDecoder(model, batch, capacity, 1 + drafts), batch, capacity, drafts)
+
+    with session(model, len(ids), ids.shape[1] + _most(parsed) + 1 + drafts, make, ("lookup", drafts)) as one:
+        loop = LookupLoop(one, parsed, ids, mask)
+        for _ in loop:
+            pass
+        return loop.result().sequences
+
+
 def stream(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, return_logprobs: bool = False,
            return_logits: bool = False, **options: Any) -> Stream:
     """See `ftops.stream`."""
     parsed = _checked(model, input_ids, attention_mask, options)
+    if parsed.prompt_lookup_num_tokens:
+        raise ValueError("generate: prompt_lookup_num_tokens is given, with which rows do not advance together; leave it out where tokens "
+                         "are streamed")
     return Stream(
         session(model, len(input_ids), input_ids.shape[1] + _most(parsed)),
         lambda one: Loop(one, parsed, input_ids, attention_mask, logprobs=return_logprobs, logits=return_logits))
