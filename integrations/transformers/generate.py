@@ -42,8 +42,8 @@ def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | N
     drafts, counted = parsed.prompt_lookup_num_tokens, torch.ones_like(ids, dtype=torch.bool)
     asked = rules.build(parsed, ids, counted, model.config.get_text_config(decoder=True).vocab_size).keys() - SERVED
     if drafts > MOST or asked or more or parsed.processors or parsed.criteria or parsed.stop:
-        raise ValueError(f"generate: prompt_lookup_num_tokens is {drafts}; allowed: 1 to {MOST}, without penalties, bias, words to avoid or "
-                         "to stop at, min_new_tokens, top_p that changes, callables, return_logprobs and return_logits")
+        raise ValueError(f"generate: prompt_lookup_num_tokens is {drafts}; allowed: 1 to {MOST}, without penalties, bias, words to avoid "
+                         "or to stop at, min_new_tokens, top_p that changes, callables, return_logprobs and return_logits")
 
     def make(model: PreTrainedModel, batch: int, capacity: int) -> LookupSession:
         return LookupSession(SeveralDecoder(model, batch, capacity, 1 + drafts), batch, capacity, drafts)
