@@ -119,8 +119,10 @@ def attend(spec: BlockSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c
     if not is_rows(mask):
         return ops.attention(q, keys, values, scale=spec.scale, bias=additive(mask, q.dtype))
     bias = None if mask is None else additive(mask, q.dtype)
-    # Splitting the keys over a device is what decode_attention is for; on a CPU only buffers need it, for their lengths.
-    if spec.causal and cache is not None and new <= MAX_NEW_TOKENS and (filled is not None or (q.is_cuda and keys.shape[1] > new)):
+    # Splitting the keys over a device is what decode_attention is for; on a CPU only buffers need it, for their lengths. A first prompt,
+    # however short, has nothing to attend to but itself.
+    several = filled is not None or (q.is_cuda and keys.shape[1] > new)
+    if spec.causal and cache is not None and not fresh and new <= MAX_NEW_TOKENS and several:
         lengths = _all_of(cache, keys) if filled is None else filled.to(torch.int32).expand(q.shape[0])
         return ops.decode_attention(q, keys, values, lengths, scale=spec.scale, window=spec.window, bias=bias)
     if filled is not None:
