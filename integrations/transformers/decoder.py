@@ -154,7 +154,8 @@ def session(model: PreTrainedModel, batch: int, length: int, make: Make = _plain
                   if seen == now and one.batch == batch and length <= one.capacity <= max(2 * length, STEP)), None)
     if found is None:
         kept.clear()  # before memory is asked for
-        found = make(model, batch, -(-length // STEP) * STEP if fixed(model) else length)
+        step = max(STEP, 1 << (length - 1).bit_length() >> 3)  # a conversation that grows is captured anew every eighth or so
+        found = make(model, batch, -(-length // step) * step if fixed(model) else length)
     try:
         yield found
     finally:
