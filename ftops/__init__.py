@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ftops.generation import Generated, Stream
 
 __version__ = "0.1.0"
-__all__ = ["QuantConfig", "Report", "__version__", "generate", "ops", "patch", "quant", "quantize", "report", "stream", "unpatch", "warmup"]
+__all__ = ["QuantConfig", "Report", "__version__",
+           "generate", "load", "ops", "patch", "quant", "quantize", "report", "save", "stream", "unpatch", "warmup"]
 
 
 def __getattr__(name: str) -> Any:
@@ -63,6 +64,25 @@ def quantize(model: torch.nn.Module, quant: str | Any, *, calibration: Any = Non
     """
     from ftops.integrations.transformers.quantizer import quantize as implementation
     return implementation(model, quant, calibration, **options)
+
+
+def save(model: torch.nn.Module, folder: str | _Path, *, tokenizer: Any = None, max_shard_size: str = "5GB") -> None:
+    """Writes a quantised model, patched or not, as safetensors with config.json and its tokenizer beside them; the folder must be new.
+
+    Either all of it is there afterwards or nothing. tokenizer: None takes the files of the folder that the model was loaded from.
+    `from_pretrained` reads it as well, once `ftops.QuantConfig` was looked at. Raises TypeError or ValueError.
+    """
+    from ftops.integrations.transformers.storage import save as implementation
+    implementation(model, folder, tokenizer, max_shard_size)
+
+
+def load(folder: str | _Path, *, device: str | torch.device | None = None) -> torch.nn.Module:
+    """The model that `ftops.save` wrote, not patched, on `device` (None: the GPU where there is one).
+
+    A damaged, foreign or mismatched file is refused before anything of it is used. Raises ValueError.
+    """
+    from ftops.integrations.transformers.storage import load as implementation
+    return implementation(folder, device)
 
 
 def report(model: torch.nn.Module) -> Report:

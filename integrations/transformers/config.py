@@ -25,7 +25,8 @@ class Spec:
         if self.format not in FORMATS:
             raise ValueError(f"quantize: format is {self.format!r}; allowed: {', '.join(FORMATS)}")
         try:
-            FORMATS[self.format].quantize(torch.zeros(1, 1), **self.options)
+            with torch.device("cpu"):  # transformers asks while it makes a model on the meta device
+                FORMATS[self.format].quantize(torch.zeros(1, 1), **self.options)
         except TypeError:
             raise ValueError(f"quantize: {self.format} has no option {' and '.join(self.options)}; "
                              "int4 has group_size and zero_points, fp8 has per_tensor") from None

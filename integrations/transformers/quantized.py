@@ -5,7 +5,6 @@ and so are gate and up.
 """
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -42,8 +41,8 @@ class Target:
         return type(self.module) is Conv1D
 
     def oriented(self, weight: torch.Tensor) -> torch.Tensor:
-        """`weight`, as the module has it, as [N, K]."""
-        return weight.detach().t() if self.transposed else weight.detach()
+        """`weight`, as the module has it, as [N, K], row by row: formats keep the order that they are given."""
+        return (weight.detach().t() if self.transposed else weight.detach()).contiguous()
 
 
 def targets(model: nn.Module, config: QuantConfig) -> dict[str, Target]:
@@ -153,33 +152,31 @@ def _replace(model: nn.Module, module: nn.Module, new: nn.Module) -> None:
 def quantize_targets(model: nn.Module, found: dict[str, Target], smooth: dict[str, torch.Tensor] | None = None) -> None:
     """Quantises `found` in place, a layer at a time, so that no more than one layer is there twice; empties it as it goes."""
     layers = {id(module): layer for layer in model.modules() if isinstance(layer, FusedLayer) for module in layer.modules()}
-    uses, embedding = Counter(id(target.module.weight) for target in found.values()), _embedding(model)
-    if embedding is not None and id(embedding.weight) in uses:
+    embedding = _embedding(model)
+    if embedding is not None and any(target.module.weight is embedding.weight for target in found.values()):
         _untie(model)
-    shared: dict[int, tuple[torch.Tensor, QuantizedWeight]] = {}
+    del embedding
     while found:
         path = next(iter(found))
         target = found.pop(path)
         weight, layer = target.module.weight, layers.get(id(target.module))
-        if id(weight) in shared:
-            qw = shared[id(weight)][1]
-        else:
-            qw = quantize_weight(weight, target, smooth.get(path) if smooth else None)
-        if uses[id(weight)] > 1:
-            shared[id(weight)] = weight, qw
-        put(model, target, qw)
+        put(model, target, quantize_weight(weight, target, smooth.get(path) if smooth else None))
         if layer is not None and (not found or layers.get(id(next(iter(found.values())).module)) is not layer):
             del target, weight
             layer._ftops.build(layer)
 
 
 def _untie(model: nn.Module) -> None:
-    """A head or an embedding in a format of its own no longer shares the weight of the other."""
+    """A head or an embedding in a format of its own no longer shares the weight of the other; and then, by the file, nothing is shared."""
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     embedding = _embedding(model)
-    tied = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is embedding.weight}
-    model.all_tied_weights_keys = {name: source for name, source in model.all_tied_weights_keys.items() if name not in tied}
+    for name in model.all_tied_weights_keys:
+        path, _, leaf = name.rpartition(".")
+        parameter = getattr(model.get_submodule(path), leaf)
+        if parameter is not embedding.weight:
+            setattr(model.get_submodule(path), leaf, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+    model.all_tied_weights_keys = {}
 
 
 def restore(model: nn.Module) -> None:

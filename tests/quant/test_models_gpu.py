@@ -58,7 +58,8 @@ def test_captured_steps_give_the_tokens_of_steps_that_are_not(name):
 def test_weights_are_let_go(name):
     """What is held afterwards is the quantised weights, and on the way there never more than a layer beside the model."""
     with CUDA:
-        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6})).bfloat16()
+        config = LlamaConfig(**{**SIZES, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6})
+        model = LlamaForCausalLM(config).bfloat16()
     layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
