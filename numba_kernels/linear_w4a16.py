@@ -57,9 +57,13 @@ class Config:
 
 
 def pick(dtype: str, rows: int, group_size: int) -> Config:
-    """The smallest batch that holds the rows; more rows than the largest are further blocks, which find the weights in L2."""
+    """The smallest batch that holds the rows; more rows than the largest are further blocks, which find the weights in L2.
+
+    As many warps as leave a block 99 KiB at most, all that some GPUs have.
+    """
     batch = next((batch for batch in BATCHES if batch >= rows), BATCHES[-1])
-    return Config(dtype, batch, 4 if group_size < 128 else 1, 8 if batch <= 16 else 4)
+    records = 4 if group_size < 128 else 1
+    return Config(dtype, batch, records, {8: 8 if records == 1 else 4, 16: 4, 32: 2}[batch])
 
 
 def make_piece(config: Config) -> Callable:
