@@ -11,7 +11,6 @@ import torch
 
 from ftops.numba_kernels import attention_library, attention_mma, attention_plain, attention_sm90, attention_sm90_launch
 from ftops.numba_kernels.attention_common import UNBOUNDED, address
-from ftops.numba_kernels.attention_sm90_config import SHORT
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, architecture, empty_like, load
 from ftops.numba_kernels.rows import DTYPE_NAME
@@ -70,8 +69,7 @@ def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int, queri
         bias = bias if bias is None else _readable_bias(bias)
         bias_strides = NO_STRIDES if bias is None else _byte_strides(bias, False)
         if q.dtype is not torch.float32 and architecture(q.device.index) == "sm_90a":
-            # Not where sequences are packed: the bits of one must not depend on how long the others are.
-            kernel = attention_sm90_launch.kernel(q.dtype, dim, extras, keys <= SHORT and not packed, q.device.index)
+            kernel = attention_sm90_launch.kernel(q.dtype, dim, extras, queries, keys, packed, q.device.index)
             attention_sm90_launch.start(kernel, q, k, v, out, batch, queries, keys, scale, left, right, softcap, bias, bias_strides,
                                         alibi_slopes, lengths, starts_q, starts_kv)
         else:

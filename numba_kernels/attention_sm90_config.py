@@ -1,6 +1,7 @@
 """Block shapes of attention on Hopper, and what they put where in shared memory."""
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -90,7 +91,7 @@ class Config:
 
 
 def pick(dtype: str, head_dim: int, extras: bool, short: bool = False) -> Config:
-    """short: no more than SHORT keys a sequence."""
+    """short: as `is_short` says of the problem."""
     return Config(dtype, head_dim, extras, *(_EXTRA_TILES if extras else _TILES | _SHORT_TILES if short else _TILES)[head_dim])
 
 
@@ -105,9 +106,27 @@ _TILES = {
     192: (2, 112, 2, False, False),
     256: (2, 80, 2, False, True),
 }
-# Smaller tiles waste less under a causal mask, and more of them are on their way: 128, 256, 512 keys of 32 heads over 8: 16.5, 35.0, 50.4
-# us; with the tiles above 18.3, 36.9, 51.7; at 2048 68.5 and 63.8.
-SHORT = 512
-_SHORT_TILES = {head_dim: (2, 64, 6, True, False) for head_dim in (80, 96, 128)}
+# At 80 to 128 smaller tiles waste less under a causal mask, and more of them are on their way: 128, 256, 512 keys of 32 heads over 8: 16.5,
+# 35.0, 50.4 us; with the tiles above 18.3, 36.9, 51.7; at 2048 68.5 and 63.8.
+_SHORT_TILES = {64: (2, 128, 5, True, False)} | {head_dim: (2, 64, 6, True, False) for head_dim in (80, 96, 128)}
+_SHORT_KEYS = 512
+_SPEED_64 = 0.85  # of the short tiles at 64, where neither they nor the others are wasted on rows or keys that do not exist
+
+
+@functools.lru_cache(maxsize=4096)
+def is_short(head_dim: int, queries: int, keys: int) -> bool:
+    """Whether the short tiles are faster for sequences of `queries` and `keys`. Not asked of their number: a sequence gets the same bits in
+    any batch."""
+    if head_dim == 64:
+        return _work(_SHORT_TILES[64], queries, keys) < _SPEED_64 * _work(_TILES[64], queries, keys)
+    return head_dim in _SHORT_TILES and keys <= _SHORT_KEYS
+
+
+def _work(tiles: tuple[int, ...], queries: int, keys: int) -> int:
+    """Scores computed for a head, those of rows and keys past the end included."""
+    rows = 64 * tiles[0]
+    return -(-queries // rows) * rows * -(-keys // tiles[1]) * tiles[1]
+
+
 # The most keys whose scores and bias fit the registers.
 _EXTRA_TILES = {head_dim: (2, 64, 2, False, head_dim <= 128) for head_dim in HEAD_DIMS[:-1]} | {256: (2, 48, 2, False, False)}

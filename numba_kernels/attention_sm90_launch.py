@@ -9,20 +9,28 @@ import torch
 
 from ftops.numba_kernels.attention_common import address
 from ftops.numba_kernels.attention_sm90 import spec
-from ftops.numba_kernels.attention_sm90_config import CHUNK, HEAD_DIMS, pick
+from ftops.numba_kernels.attention_sm90_config import CHUNK, HEAD_DIMS, is_short, pick
 from ftops.numba_kernels.launch import Kernel, load, multiprocessors
 from ftops.numba_kernels.rows import DTYPE_NAME
 from ftops.numba_kernels.tma import tiles as tiles_of
 
 _SECTION_BYTES = 32 << 20  # keys and values that stay in an L2 of 50 MB while all their query rows pass
+_PADDED = [next(d for d in HEAD_DIMS if d >= dim) for dim in range(HEAD_DIMS[-1] + 1)]
 _COUNTERS: dict[tuple[int, int], torch.Tensor] = {}
 _STOCK: dict[int, tuple[torch.Tensor, Iterator[int]]] = {}
 
 
+def kernel(dtype: torch.dtype, dim: int, extras: bool, queries: int, keys: int, packed: bool, device: int) -> Kernel:
+    """Raises RuntimeError during graph capture, unless it was asked for before.
+
+    packed: sequences lie end to end, and the bits of one must not depend on how long the others are."""
+    head_dim = _PADDED[dim]
+    return _loaded(dtype, head_dim, extras, not extras and not packed and is_short(head_dim, queries, keys), device)
+
+
 @functools.cache
-def kernel(dtype: torch.dtype, dim: int, extras: bool, short: bool, device: int) -> Kernel:
-    """Raises RuntimeError during graph capture, unless it was asked for before."""
-    loaded = load(spec(pick(DTYPE_NAME[dtype], next(d for d in HEAD_DIMS if d >= dim), extras, short)), device)
+def _loaded(dtype: torch.dtype, head_dim: int, extras: bool, short: bool, device: int) -> Kernel:
+    loaded = load(spec(pick(DTYPE_NAME[dtype], head_dim, extras, short)), device)
     if device not in _STOCK:
         _STOCK[device] = torch.zeros(1 << 16, 2, dtype=torch.int32, device=f"cuda:{device}"), itertools.count()
     return loaded

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ftops.numba_kernels import attention_sm90_load
+from ftops.numba_kernels import attention_sm90_config, attention_sm90_load
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 8])
@@ -26,3 +26,10 @@ def test_every_tile_once_and_nothing_after(monkeypatch, tiles, batches, heads, s
     for start in range(0, pairs, section):  # within a section, whose keys stay in L2, the longest tiles come first
         part = [int(tile) for _, _, tile in there[tiles * start : tiles * min(start + section, pairs)]]
         assert part == sorted(part)
+
+
+@pytest.mark.parametrize(("queries", "keys", "short"), [(128, 128, True), (256, 256, True), (384, 384, False), (512, 512, True),
+                                                        (768, 768, False), (4096, 4096, False), (16384, 16384, False)])
+def test_tiles_of_192_rows_where_they_are_not_wasted(queries, keys, short):
+    """At head_dim 64: 18.3 instead of 13.7 us for 16 prompts of 128 tokens, 45 instead of 36 us for BERT's 384."""
+    assert attention_sm90_config.is_short(64, queries, keys) is short
