@@ -152,9 +152,8 @@ def cases() -> Iterator[Case]:
         "odd_int8": prefill | int8 | {"head_dim": 59, "rotary_dim": 22}, "d96": {"head_dim": 96, "norms": "k"},
         "shifted": prefill | {"form": "table", "shifted": True},
         "skipped": {"new": 3, "first": -2, "form": "table"},
-        "beyond": {"new": 20, "first": 40, "form": "table"}, "separate": prefill | {"packed": False},
-        "heads_first": prefill | {"heads_first": True}, "paged_small": {"page_size": 3, "new": 20},
-        "int8": prefill | int8, "fp8": prefill | fp8,
+        "beyond": {"new": 20, "first": 40, "form": "table"}, "heads_first": prefill | {"packed": False, "heads_first": True},
+        "paged_small": {"page_size": 3, "new": 20}, "fp8": prefill | fp8,
         "paged_int8": prefill | int8 | {"page_size": 16}, "many": {"new": 500, "capacity": 520, "heads": 6, "kv_heads": 3, "norms": "qk"},
         "empty_batch": {"batch": 0, "packed": False}, "no_tokens": {"new": 0},
     }

