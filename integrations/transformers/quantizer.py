@@ -58,12 +58,13 @@ class Quantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        quantize_targets(model, self.left)  # whatever came by no file of its own: a head that shared the embedding's weight
+        quantize_targets(model, self.left)  # the weights that others share
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         path, _, name = param_name.rpartition(".")
-        return name == "weight" and path in self.left
+        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}  # transformers ties them after reading, and we later
+        return name == "weight" and path in self.left and param_name not in tied
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         """Bytes, for whoever spreads a model over devices before it is read."""
