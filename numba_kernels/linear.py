@@ -62,8 +62,12 @@ class Config:
 
 
 def pick(kind: str, dtype: str, rows: int) -> Config:
-    """The smallest batch that holds the rows; more rows than the largest are further blocks, which find the weights in L2."""
-    return Config(kind, dtype, next((batch for batch in BATCHES[kind] if batch >= rows), BATCHES[kind][-1]))
+    """The smallest batch that holds the rows; more rows than the largest are further blocks, which find the weights in L2.
+
+    Stages of 8-bit weights are half as large, so there are three, where a block then takes no more than 99 KiB, all that some GPUs have.
+    """
+    batch = next((batch for batch in BATCHES[kind] if batch >= rows), BATCHES[kind][-1])
+    return Config(kind, dtype, batch, stages=3 if kind != "16-bit" and batch <= 16 else 2)
 
 
 def make(config: Config) -> Callable:

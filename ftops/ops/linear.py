@@ -100,14 +100,13 @@ def cases() -> Iterator[Case]:
             return (randn(shape, device, dtype), randn((N, K), device, dtype, K ** -0.5), bias), given
         return Case(name, make)
 
-    yield case("row", (1, 1, 4096), 1024)
-    yield case("batch", (8, 1, 1024), 3072, bias=True)
-    yield case("most", (16, 11008), 64, residual=True)
+    yield case("row", (1, 1, 4096), 200)
+    yield case("batch", (8, 1, 1024), 256, bias=True)
+    yield case("most", (16, 2200), 64, residual=True)
     yield case("everything", (3, 5, 768), 96, bias=True, activation="gelu", residual=True)
     yield case("many", (40, 512), 200, bias=True, activation="silu", residual=True)
     yield case("tile_ends", (9, 1, 1032), 33)
     yield case("odd", (2, 111), 7, bias=True)
-    yield case("one", (1, 1), 1)
     yield case("vector", (256,), 48, activation="relu")
     yield case("empty", (0, 64), 8, bias=True)
     yield Case("columns", lambda device, dtype: (

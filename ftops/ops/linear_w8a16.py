@@ -99,11 +99,9 @@ def cases() -> Iterator[Case]:
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)
-    yield case("batch", (8, 1, 1024), 256, bias=True)
     yield case("everything", (3, 5, 768), 70, bias=True, activation="gelu", residual=True)
     yield case("two_batches", (40, 256), 64, activation="silu")
     yield case("many", (70, 256), 96, bias=True, residual=True)
     yield case("k_ends", (9, 1000), 33)
     yield case("odd", (2, 111), 7, bias=True)
-    yield case("vector", (256,), 48, activation="relu")
     yield case("empty", (0, 64), 8, bias=True)
