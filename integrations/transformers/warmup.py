@@ -69,9 +69,9 @@ def _runs(model: PreTrainedModel, batch: int, length: int) -> Iterator[Callable[
 
 
 def _in_pieces(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, kind: type[Cache]) -> None:
-    """A prompt, a few tokens as assisted generation checks them, one token."""
+    """A prompt, then 16, 8, 4, 2 tokens and one: kernels for few tokens know a row of the batch from a token of a row as little as that."""
     length = ids.shape[1]
     cache = StaticCache(config=model.config, max_cache_len=length) if kind is StaticCache else DynamicCache(config=model.config)
-    ends = sorted({max(length - 5, 1), length - 1, length})
+    ends = sorted({max(length - left, 1) for left in (31, 15, 7, 3, 1, 0)})
     for start, end in pairwise((0, *ends)):
         model(ids[:, start:end], attention_mask=None if mask is None else mask[:, :end], past_key_values=cache, use_cache=True)

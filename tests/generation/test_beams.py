@@ -29,25 +29,23 @@ def stays(monkeypatch):
 def run(model, padding="left", batch=2, **options):
     ids, mask = (t.to(model.device) for t in prompt(batch=batch, length=options.pop("length", 12), padding=padding))
     with torch.no_grad():
-        return model.generate(ids, attention_mask=mask, **{"max_new_tokens": 24, "do_sample": False, "num_beams": 3, **options}).tolist()
+        return model.generate(ids, attention_mask=mask, **{"max_new_tokens": 16, "do_sample": False, "num_beams": 3, **options}).tolist()
 
 
 @IN_FLOAT32
-@pytest.mark.parametrize("padding", [None, "left"])
 @pytest.mark.parametrize("family", DECODERS)
-def test_family(family, padding, device, dtype, stays):
+def test_family(family, device, dtype, stays):
     """Long enough to fill pages, and past the window of the families that have one."""
     model = tiny(family, device, dtype)
-    theirs = run(model, padding)
-    assert run(ftops.patch(model), padding) == theirs
-    assert run(model, padding) == theirs
-    assert len(stays) == 2
+    theirs = run(model)
+    assert run(ftops.patch(model)) == theirs
+    assert len(stays) == 1
     assert ftops.report(model).fallbacks == 0
 
 
 ENDS = [94, 5, 78]
 OPTIONS = {
-    "returned": {"num_return_sequences": 3}, "two": {"num_beams": 2}, "many": {"num_beams": 8, "num_return_sequences": 4},
+    "returned": {"num_return_sequences": 3}, "two": {"num_beams": 2}, "many": {"num_beams": 6, "num_return_sequences": 4},
     "ends": {"eos_token_id": ENDS, "pad_token_id": 1},
     "ends_zero_pad": {"eos_token_id": ENDS, "pad_token_id": 0, "num_return_sequences": 3},
     "first_k": {"eos_token_id": ENDS, "early_stopping": True, "pad_token_id": 1, "num_return_sequences": 3},
@@ -57,7 +55,8 @@ OPTIONS = {
     "no_penalty": {"eos_token_id": ENDS, "length_penalty": 0.0, "early_stopping": "never", "pad_token_id": 1},
     "repetition": {"repetition_penalty": 1.3}, "ngrams": {"no_repeat_ngram_size": 2},
     "bad_words": {"bad_words_ids": [[5], [94, 78]]}, "at_least": {"eos_token_id": ENDS, "min_new_tokens": 10, "pad_token_id": 1},
-    "one_token": {"max_new_tokens": 1}, "a_page": {"length": 16, "max_new_tokens": 40}, "a_page_less": {"length": 15}, "lone": {"batch": 1},
+    "one_token": {"max_new_tokens": 1}, "a_page": {"length": 16, "max_new_tokens": 20}, "a_page_less": {"length": 15}, "lone": {"batch": 1},
+    "unpadded": {"padding": None},
 }
 
 
@@ -73,9 +72,9 @@ def test_option(name, device, dtype, stays):
 @IN_FLOAT32
 def test_the_next_search_starts_afresh(device, dtype, stays):
     model, fresh = ftops.patch(tiny("llama", device, dtype)), tiny("llama", device, dtype)
-    for options in ({}, {"eos_token_id": ENDS, "pad_token_id": 1}, {}, {"padding": None}, {"num_beams": 2}, {"num_beams": 1}, {}):
-        assert run(model, **options) == run(fresh, **options)
-    assert len(stays) == 6
+    for options in ({}, {"eos_token_id": ENDS, "pad_token_id": 1}, {"padding": None}, {"num_beams": 2}, {"num_beams": 1}, {}):
+        assert run(model, **options, max_new_tokens=8) == run(fresh, **options, max_new_tokens=8)
+    assert len(stays) == 5
 
 
 @pytest.mark.parametrize("options", [
@@ -95,7 +94,7 @@ def test_a_layer_that_falls_back(stays):
     model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     assert run(model) == theirs
     assert len(stays) == 1
-    assert ftops.report(model).fallbacks >= 20
+    assert ftops.report(model).fallbacks >= 16
 
 
 def test_a_real_model(stays):

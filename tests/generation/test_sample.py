@@ -33,8 +33,8 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
 @pytest.mark.parametrize("name", FILTERS)
 def test_frequencies_are_the_probabilities(name, device, dtype):
-    """100,000 draws of one row: as many of each token as the definition says, and none that it excludes."""
-    draws, words = 100_000, 64
+    """Many draws of one row: as many of each token as the definition says, and none that it excludes."""
+    draws, words = (20_000 if device == "cpu" else 100_000), 64
     logits = (torch.randn(words) * 1.5).to(dtype)
     expected = oracle_sample.distribution(logits, **FILTERS[name]) * draws
     found = ops.sample(logits.to(device).expand(draws, words), seed=1234, **FILTERS[name]).cpu()
@@ -46,7 +46,7 @@ def test_frequencies_are_the_probabilities(name, device, dtype):
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
 def test_successive_draws_of_one_seed_are_independent(device, dtype):
     """Pairs of draws at offsets n and n + 1, and of neighbouring seeds, fill the square evenly."""
-    logits = torch.zeros((100_000, 8), device=device, dtype=dtype)
+    logits = torch.zeros((20_000, 8), device=device, dtype=dtype)
     first, second = (ops.sample(logits, seed=5, offset=offset).cpu().numpy() for offset in (0, 1))
     for pairs in (first * 8 + second, first[:-1] * 8 + first[1:]):
         assert chi_square(np.bincount(pairs, minlength=64), np.full(64, len(pairs) / 64)) < 4
