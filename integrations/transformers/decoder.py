@@ -87,7 +87,7 @@ class CausalDecoder:
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, **options: Any) -> torch.Tensor:
         return self._model()(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
-                             **options).logits[:, -1]
+                             **options).logits[:, -1].to(self.device)  # the last layers may be on another
 
 
 class SeveralDecoder(CausalDecoder):

@@ -100,7 +100,7 @@ class Generating(Swapped):
 
     def _sample(self, input_ids: torch.Tensor, logits_processor: list, stopping_criteria: list, generation_config: Any,
                 synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any) -> Any:
-        reason = unfit(self) or _unserved(input_ids, generation_config, synced_gpus, model_kwargs)
+        reason = unfit(self) or _unserved(self, input_ids, generation_config, synced_gpus, model_kwargs)
         options = None
         drawn_there = generation_config.do_sample and not fixed(self)  # on a CPU even the drawn tokens stay the same
         if reason is None and not drawn_there:
@@ -121,7 +121,7 @@ class Generating(Swapped):
 
     def _beam_search(self, input_ids: torch.Tensor, logits_processor: list, stopping_criteria: list, generation_config: Any,
                      synced_gpus: bool = False, **model_kwargs: Any) -> Any:
-        reason = unfit(self) or _unserved(input_ids, generation_config, synced_gpus, model_kwargs)
+        reason = unfit(self) or _unserved(self, input_ids, generation_config, synced_gpus, model_kwargs)
         options = None
         if reason is None and generation_config.do_sample:
             reason = "beams that are sampled"
@@ -154,10 +154,12 @@ def _say(reason: str | None) -> None:
         _LOG.warning("generate: %s; transformers' own loop does it", reason)
 
 
-def _unserved(ids: torch.Tensor, config: Any, synced: bool, given: dict[str, Any]) -> str | None:
+def _unserved(model: PreTrainedModel, ids: torch.Tensor, config: Any, synced: bool, given: dict[str, Any]) -> str | None:
     """Why transformers' own loop must run, or None."""
     if synced:
         return "synced_gpus=True"
+    if ids.device != model.device:
+        return f"input_ids on {ids.device} and the model on {model.device}"
     if config.return_dict_in_generate:
         return "return_dict_in_generate=True"
     if not given.get("use_cache", True):
