@@ -1,4 +1,4 @@
-"""The command line: `ftops demo | info | generate`. Each command imports what it needs when it runs."""
+"""The command line: `ftops demo | info | generate | quantize | evaluate`. Each command imports what it needs when it runs."""
 from __future__ import annotations
 
 import argparse
@@ -57,7 +57,31 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="of the sampling, default 0")
     generate.add_argument("--no-patch", action="store_true", help="run the model as transformers has it")
     _add_placement(generate)
+
+    quantize = commands.add_parser("quantize", help="save a model with its linear layers in 4 or 8 bits")
+    quantize.set_defaults(run=_quantize)
+    quantize.add_argument("model", help="folder or Hugging Face hub id")
+    quantize.add_argument("folder", help="a new folder for the quantised model and its tokenizer")
+    quantize.add_argument("--quant", default="int4", help="int4 (the default), int8, fp8 or w8a8")
+    _add_quantisation(quantize)
+    _add_placement(quantize)
+
+    evaluate = commands.add_parser("evaluate", help="perplexity and the largest logit error of a model in each format, on a text")
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("model", nargs="?", help="folder or Hugging Face hub id (default: the small model that ftops carries)")
+    evaluate.add_argument("--quant", nargs="+", help="formats (default: int4 int8 fp8 w8a8)")
+    evaluate.add_argument("--text", help="a text file (default: modules of Python's standard library)")
+    evaluate.add_argument("--windows", type=int, default=8, help="windows of up to 1024 tokens, default 8")
+    _add_quantisation(evaluate)
+    _add_placement(evaluate)
     return parser
+
+
+def _add_quantisation(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--group-size", type=int, help="of int4: 32, 64 or 128 (default)")
+    command.add_argument("--zero-points", action="store_true", help="of int4")
+    command.add_argument("--head", help="a format for the output head too (default: it is kept as it is)")
+    command.add_argument("--embeddings", help="int8 or fp8 for the embeddings too (default: they are kept as they are)")
 
 
 def _add_placement(command: argparse.ArgumentParser) -> None:
@@ -83,4 +107,23 @@ def _generate(options: argparse.Namespace) -> int:
     line = generate(options.prompt, model=options.model, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
                     seed=options.seed, dtype=options.dtype, device=options.device, patch=not options.no_patch)
     print(line, file=sys.stderr)
+    return 0
+
+
+def _quantisation(options: argparse.Namespace) -> dict[str, object]:
+    return {name: getattr(options, name) for name in ("group_size", "zero_points", "head", "embeddings")}
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from ftops.integrations.evaluate import quantize
+    model = quantize(options.model, options.folder, options.quant, device=options.device, dtype=options.dtype,
+                     options=_quantisation(options))
+    Console().print(ftops.report(model))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from ftops.integrations.evaluate import evaluate, show
+    show(Console(), evaluate(options.model, options.quant, text=options.text, windows=options.windows, device=options.device,
+                             dtype=options.dtype, options=_quantisation(options)))
     return 0

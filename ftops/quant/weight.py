@@ -26,8 +26,8 @@ class QuantizedWeight:
 
     @property
     def name(self) -> str:
-        """The format, and how many values of k share a scale unless a whole row does."""
-        return f"{self.format}, groups of {self.metadata['group_size']}" if "group_size" in self.metadata else self.format
+        """int8, or int4 g128: the format, and how many values of k share a scale if not all of a row."""
+        return f"{self.format} g{self.metadata['group_size']}" if "group_size" in self.metadata else self.format
 
     @property
     def device(self) -> torch.device:

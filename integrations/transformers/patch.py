@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ def report(model: nn.Module) -> Report:
     _check_model("report", model)
     done: Plan | None = model.__dict__.get("_ftops_plan")
     kept = {step.path: step for step in done.steps if step.swap is None} if done else {}
-    rows, families, inside = [], [], None
+    rows, families, inside, alike = [], [], None, {}
     for path, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, FusedLayer):
@@ -109,20 +110,24 @@ def report(model: nn.Module) -> Report:
             rows.append(Row(path, kind, f"ftops block ({families[-1]})", module._ftops.reason or "", _counts(module._ftops.fallbacks),
                             *_quantised(module)))
         elif isinstance(module, Quantized) and (inside is None or not path.startswith(inside)):
-            rows.append(Row(path, kind, "quantised linear" if isinstance(module, QuantizedLinear) else "quantised embedding", "", (),
-                            *_quantised(module)))
+            alike.setdefault((re.sub(r"\b\d+\b", "*", path), module.qw.name), (len(rows), []))[1].append(module)
         elif isinstance(module, FusedNorm):
             rows.append(Row(path, kind, f"ops.{module._ftops.op}", "", _counts(module._ftops.fallbacks)))
         elif "_ftops_attention" in module.__dict__:
             rows.append(Row(path, kind, REGISTRY, "", _counts(module._ftops_attention.fallbacks)))
         elif path in kept:
             rows.append(Row(path, kind, None, kept[path].reason))
+    for (path, _), (place, modules) in reversed(alike.items()):
+        count = f" ({len(modules)})" if len(modules) > 1 else ""
+        kind = type(modules[0])
+        rows.insert(place, Row(path + count, kind.__name__, "quantised " + ("linear" if kind is QuantizedLinear else "embedding"), "", (),
+                               *_quantised(*modules)))
     return Report(type(model).__name__, families[0] if families else None, tuple(rows))
 
 
-def _quantised(module: nn.Module) -> tuple[str, tuple[int, int]]:
-    """The formats of the quantised weights in a module, and their bytes before and after."""
-    weights = [part.qw for part in module.modules() if isinstance(part, Quantized)]
+def _quantised(*modules: nn.Module) -> tuple[str, tuple[int, int]]:
+    """The formats of the quantised weights in the modules, and their bytes before and after."""
+    weights = [part.qw for module in modules for part in module.modules() if isinstance(part, Quantized)]
     before = sum(qw.shape[0] * qw.shape[1] * qw.dtype.itemsize for qw in weights)
     return " and ".join(sorted({qw.name for qw in weights})), (before, sum(qw.nbytes for qw in weights))
 

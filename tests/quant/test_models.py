@@ -121,9 +121,9 @@ def test_each_part_as_the_configuration_says():
     formats = {name: module.qw for name, module in model.named_modules() if hasattr(module, "qw")}
     assert not any(".layers.0." in name for name in formats)
     assert {name: qw.name for name, qw in formats.items() if ".layers.0." not in name and ".layers.1." not in name} == {
-        "model.embed_tokens": "fp8", "lm_head": "int8", **{f"model.layers.2.{name}": "int4, groups of 64" for name in (
+        "model.embed_tokens": "fp8", "lm_head": "int8", **{f"model.layers.2.{name}": "int4 g64" for name in (
             "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")},
-        "model.layers.2.self_attn.o_proj": "int4, groups of 32", "model.layers.2.mlp.down_proj": "int8"}
+        "model.layers.2.self_attn.o_proj": "int4 g32", "model.layers.2.mlp.down_proj": "int8"}
     assert formats["model.layers.2.self_attn.o_proj"].tensors["scales"].dim() == 5
     assert_close(logits(ftops.patch(model)), logits(ftops.quantize(tiny("llama"), config).dequantize()))
     assert fallen(model) == {}
