@@ -16,7 +16,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/ftops demo
 
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TESTS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(TESTS)
 
 # Races and timings are looked for: one process.
 test-gpu: $(VENV)/test.installed
