@@ -101,6 +101,18 @@ def make(config: Config) -> Callable:
                 x_sh = np.int32(x_at[2 * j + (number & 1)] + unit * number + (0 if item == 2 else 2 * PIECE_BYTES * p))
                 x[at], x[at + 1], x[at + 2], x[at + 3] = ptx.ld_shared_128(x_sh)
 
+    @cuda.jit(device=True, forceinline=True)
+    def multiply(s, low, high, x, acc):
+        """Product s of a piece, to one of two sums, so that a product waits for less. Written out, since LLVM for sm_100 keeps such loops,
+        and acc in local memory with them."""
+        a, at, place = fragment(low, high, s), 2 * s, second * (s & 1)
+        mma(acc, place, a[0], a[1], a[2], a[3], x[at], x[at + 1])
+        if batch_tiles > 1:
+            mma(acc, place + 4, a[0], a[1], a[2], a[3], x[at + x_words], x[at + x_words + 1])
+        if batch_tiles > 2:
+            mma(acc, place + 8, a[0], a[1], a[2], a[3], x[at + 2 * x_words], x[at + 2 * x_words + 1])
+            mma(acc, place + 12, a[0], a[1], a[2], a[3], x[at + 3 * x_words], x[at + 3 * x_words + 1])
+
     def linear(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, w_stride, residual_stride, rows, N, K, width, form, linear,
                cubic):
         shared_sh = np.int32(ptx.shared_address(cuda.shared.array(0, np.uint8)))
@@ -159,13 +171,15 @@ def make(config: Config) -> Callable:
                     piece_sh = np.int32((odd_sh if p & 1 else even_sh) + using + PIECE_BYTES * p)
                     low, high = ptx.ld_shared_128(piece_sh), ptx.ld_shared_128(np.int32(piece_sh + 8 * row_bytes))
                     load_x(p, x_at, x)
-                    for s in range(products):
-                        a = fragment(low, high, s)
-                        for j in range(batch_tiles):  # two sums, so that a product waits for less
-                            mma(acc, 4 * j + second * (s & 1), a[0], a[1], a[2], a[3], x[x_words * j + 2 * s], x[x_words * j + 2 * s + 1])
+                    multiply(0, low, high, x, acc)
+                    multiply(1, low, high, x, acc)
+                    if products == 4:
+                        multiply(2, low, high, x, acc)
+                        multiply(3, low, high, x, acc)
                 using = start if using == last_sh else np.int32(using + stage_bytes)
-            for i in range(second):
-                acc[i] += acc[second + i]
+            for j in range(batch_tiles):
+                for r in range(4):
+                    acc[4 * j + r] += acc[second + 4 * j + r]
             if scaled:
                 upper = ptx.ld_written_f32(np.int64(scale_gl) + 4 * min(first + g, N - 1))
                 lower = ptx.ld_written_f32(np.int64(scale_gl) + 4 * min(first + g + 8, N - 1))

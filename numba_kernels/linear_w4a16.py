@@ -105,6 +105,16 @@ def make_piece(config: Config) -> Callable:
                 sums[i] = zero
 
     @cuda.jit(device=True, forceinline=True)
+    def add(acc, start, s, a0, a1, a2, a3, x):
+        """Products of a fragment with all of x; written out, since LLVM for sm_100 keeps such a loop, and acc in local memory with it."""
+        mma(acc, start, a0, a1, a2, a3, x[2 * s], x[2 * s + 1])
+        if batch_tiles > 1:
+            mma(acc, start + 4, a0, a1, a2, a3, x[4 + 2 * s], x[5 + 2 * s])
+        if batch_tiles > 2:
+            mma(acc, start + 8, a0, a1, a2, a3, x[8 + 2 * s], x[9 + 2 * s])
+            mma(acc, start + 12, a0, a1, a2, a3, x[12 + 2 * s], x[13 + 2 * s])
+
+    @cuda.jit(device=True, forceinline=True)
     def multiply(piece, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off):
         if piece * records % 4 == 0:
             load_record(stage_sh + WEIGHT_BYTES + 512 * (piece * records // 4), record, scale, minus, off)
@@ -115,11 +125,9 @@ def make_piece(config: Config) -> Callable:
         for s in range(2):
             for i in range(2):
                 a = dequantise(words[2 * i + s], minus[2 * i], minus[2 * i + 1])
-                for j in range(batch_tiles):
-                    mma(part, 4 * (i * batch_tiles + j), a[0], a[1], a[2], a[3], x[4 * j + 2 * s], x[4 * j + 2 * s + 1])
+                add(part, 4 * batch_tiles * i, s, a[0], a[1], a[2], a[3], x)
             if not subtract:
-                for j in range(batch_tiles):
-                    mma(sums, 4 * j, ones, ones, ones, ones, x[4 * j + 2 * s], x[4 * j + 2 * s + 1])
+                add(sums, 0, s, ones, ones, ones, ones, x)
         if (piece + 1) * records % 4 == 0:
             add_scaled(acc, part, sums, scale, off)
 
