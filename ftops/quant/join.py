@@ -15,15 +15,20 @@ def check_join(parts: Sequence[QuantizedWeight]) -> None:
         return
     first = parts[0]
     layout = FORMATS[first.format].LAYOUT
-    if any((part.format, part.metadata, part.shape[1], tuple(part.tensors)) != (first.format, first.metadata, first.shape[1],
-                                                                              tuple(first.tensors)) for part in parts):
-        raise ValueError(f"their formats differ: {', '.join(sorted({part.format for part in parts}))}"
-                         if len({part.format for part in parts}) > 1 else "their formats' options differ")
+    if len({part.format for part in parts}) > 1:
+        raise ValueError(f"their formats differ: {', '.join(sorted({part.format for part in parts}))}")
+    if any(_options(part) != _options(first) for part in parts):
+        raise ValueError(f"their options of {first.format} differ")
     if any(part.shape[0] % layout.rows for part in parts[:-1]):
         raise ValueError(f"{first.format} joins rows in multiples of {layout.rows}, not {' + '.join(str(p.shape[0]) for p in parts)}")
     for name in layout.whole:
         if any(not torch.equal(part.tensors[name], first.tensors[name]) for part in parts if name in part.tensors):
             raise ValueError(f"their {name} differ")
+
+
+def _options(part: QuantizedWeight) -> tuple[object, ...]:
+    """What is the same for all rows of a weight."""
+    return part.metadata, part.shape[1], {name: tensor.shape[1:] for name, tensor in part.tensors.items()}
 
 
 def join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:

@@ -4,6 +4,7 @@ Each weight is quantised as it comes from its file, on the device it is for, and
 """
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from ftops.integrations.transformers.calibration import largest_inputs, smoothin
 from ftops.integrations.transformers.config import METHOD, QuantConfig, as_config
 from ftops.integrations.transformers.quantized import Target, check_values, put, quantize_targets, quantize_weight, restore, targets
 from ftops.quant import QuantizedWeight
-from ftops.quant.storage import describe, read
+from ftops.quant.storage import Stored, describe, read
 
-__all__ = ["QuantConfig", "quantize"]
+__all__ = ["STORED", "QuantConfig", "quantize"]
+
+# What a checkpoint holds that from_pretrained is given as tensors instead of files.
+STORED: ContextVar[Stored | None] = ContextVar("stored", default=None)
 
 
 def quantize(model: nn.Module, quant: str | QuantConfig, calibration: Any = None, **options: Any) -> nn.Module:
@@ -48,10 +52,8 @@ class Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any) -> nn.Module:
         if not self.pre_quantized:
             self.left = targets(model, self.quantization_config)
-        elif checkpoint_files is None:
-            raise ValueError("load: a quantised model is read from files; pass its folder")
         else:
-            stored = read(checkpoint_files)
+            stored = STORED.get() or read(checkpoint_files or ())
             for path, qw in stored.weights.items():
                 _hold(model, path, qw)
             _compare(model, stored.tensors)

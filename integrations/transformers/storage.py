@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ftops.integrations.transformers.config import METHOD
-from ftops.integrations.transformers.quantizer import QuantConfig  # which makes transformers know the format
+from ftops.integrations.transformers.foreign import load_foreign
+from ftops.integrations.transformers.quantizer import QuantConfig
+from ftops.quant.foreign import FOREIGN
 from ftops.quant.module import Quantized
 
 # What transformers' tokenizers are kept in, for a model whose folder is known.
@@ -54,18 +56,22 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> PreTra
     folder = Path(folder).expanduser()
     config = _json(folder / "config.json")
     method = (config.get("quantization_config") or {}).get("quant_method")
-    if method != METHOD:
-        raise ValueError(f"load: {folder} is {f'quantised by {method}' if method else 'not quantised'}; allowed: what ftops.save wrote. "
-                         "Others: AutoModelForCausalLM.from_pretrained(folder, quantization_config=ftops.QuantConfig(...))")
-    QuantConfig(**config["quantization_config"])
+    if method not in (METHOD, *FOREIGN):
+        raise ValueError(f"load: {folder} is {f'quantised by {method}' if method else 'not quantised'}; allowed: what ftops.save wrote, "
+                         "awq, gptq. Others: AutoModelForCausalLM.from_pretrained(folder, quantization_config=ftops.QuantConfig(...))")
     name = (config.get("architectures") or ["none"])[0]
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ValueError(f"load: {folder / 'config.json'} names the architecture {name}, which transformers {transformers.__version__} "
                          "does not have")
-    _check_files(folder)
+    files = _files(folder)
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, info = kind.from_pretrained(folder, device_map=device, use_safetensors=True, local_files_only=True, output_loading_info=True)
+    options: dict[str, Any] = {"device_map": device, "local_files_only": True, "output_loading_info": True}
+    if method == METHOD:
+        QuantConfig.from_dict(config["quantization_config"])
+        model, info = kind.from_pretrained(folder, use_safetensors=True, **options)
+    else:
+        model, info = load_foreign(kind, folder, files, config["quantization_config"], **options)
     for what, key in (("misses", "missing_keys"), ("has besides", "unexpected_keys")):
         names = sorted(info[key])
         if names:
@@ -74,20 +80,21 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> PreTra
     return model
 
 
-def _check_files(folder: Path) -> None:
-    """Raises ValueError unless the weights are there: one file, or an index and all that it names."""
+def _files(folder: Path) -> list[Path]:
+    """Where the weights are: one file, or all that an index names. Raises ValueError."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.exists():
         if not (folder / SAFE_WEIGHTS_NAME).is_file():
             raise ValueError(f"load: {folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; pass a folder that "
                              "ftops.save wrote")
-        return
+        return [folder / SAFE_WEIGHTS_NAME]
     held = _json(index).get("weight_map")
     if not isinstance(held, dict) or not all(isinstance(name, str) and Path(name).name == name for name in held.values()):
         raise ValueError(f"load: {index} has no weight_map of file names; write or download it again")
     missing = sorted({name for name in held.values() if not (folder / name).is_file()})
     if missing:
         raise ValueError(f"load: {index} names {', '.join(missing)}, which {folder} has not; download the whole folder")
+    return [folder / name for name in sorted(set(held.values()))]
 
 
 def _json(file: Path) -> dict[str, Any]:
