@@ -41,7 +41,7 @@ def awq(q, zeros, scales):
 
 def formula(q, zeros, scales, size):
     spread = [part.t().repeat_interleave(size, 1)[:, : q.shape[1]].float() for part in (zeros, scales)]
-    return ((q - spread[0]) * spread[1]).half()
+    return (q - spread[0]) * spread[1]
 
 
 @pytest.mark.parametrize("sym", [False, True])
@@ -54,10 +54,10 @@ def test_a_weight_bit_for_bit(method, size, sym):
     tensors = awq(*given) if method == "awq" else gptq(*given, v2=method == "gptq_v2")
     options = {"bits": 4, "group_size": size, "sym": sym, "checkpoint_format": method, "version": "gemm"}
     qw = FOREIGN[method[:4].rstrip("_")](tensors, options)
-    assert torch.equal(int4.dequantize(qw), formula(*given, width))
+    assert torch.equal(int4.dequantize(qw), formula(*given, width).half())
     assert (qw.tensors["scales"].dim() == 4) == sym
     x = torch.randn(3, K).half()
-    assert (int4.linear(x, qw).float() - x.float() @ formula(*given, width).float().T).abs().max() < 0.02
+    assert (int4.linear(x, qw).float() - x.float() @ formula(*given, width).T).abs().max() < 0.02
 
 
 def test_a_word_of_each():
@@ -71,9 +71,10 @@ def test_a_word_of_each():
 
 
 def checkpoint(folder, method, options):
-    """A llama whose linear layers are drawn at random in the method's layout, and the float16 model that it stands for."""
+    """A llama whose linear layers are drawn at random in the method's layout, and the model that it stands for, in float32."""
     model = tiny("llama", dtype=torch.float16)
-    state, torch_state = model.state_dict(), {}
+    state, theirs = {name: tensor.clone() for name, tensor in model.state_dict().items()}, {}
+    model.float()
     for path, module in model.model.named_modules(prefix="model"):
         if isinstance(module, torch.nn.Linear):
             N, K = module.weight.shape
@@ -81,11 +82,11 @@ def checkpoint(folder, method, options):
             tensors = awq(*given) if method == "awq" else gptq(*given)
             module.weight.data = formula(*given, 64)
             del state[f"{path}.weight"]
-            torch_state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
+            theirs |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"], "quantization_config": options}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: tensor.contiguous() for name, tensor in (state | torch_state).items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in (state | theirs).items()}, folder / "model.safetensors", {"format": "pt"})
     return model
 
 
@@ -99,8 +100,8 @@ def test_a_checkpoint(method, tmp_path):
     plain = checkpoint(tmp_path, method, OPTIONS[method])
     model = ftops.load(tmp_path, device="cpu")
     assert {module.qw.name for module in model.modules() if hasattr(module, "qw")} == {"int4 g64"}
-    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, plain.model.layers[1].mlp.up_proj.weight)
-    theirs, ours = logits(plain.float()), logits(ftops.patch(model)).float()
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, plain.model.layers[1].mlp.up_proj.weight.half())
+    theirs, ours = logits(plain), logits(ftops.patch(model)).float()
     assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()
     ftops.save(model, tmp_path / "own")
     assert torch.equal(logits(ftops.patch(ftops.load(tmp_path / "own", device="cpu"))).float(), ours)
