@@ -146,7 +146,7 @@ def _numba() -> Iterator[None]:
     ask, resolve, collects = dispatcher.get_current_device, types.BaseFunction.get_call_type, gc.isenabled()
 
     def resolve_once(function: types.Function, context: object, args: tuple, kws: dict) -> object:
-        key = function, args, tuple(kws.items())
+        key = function, context, args, tuple(kws.items())
         if key not in _RESOLVED:
             _RESOLVED[key] = resolve(function, context, args, kws)
         return _RESOLVED[key]
