@@ -94,7 +94,7 @@ def partly_on_meta() -> LlamaForCausalLM:
 
 
 WRONG = {
-    "quant": (lambda: tiny("llama"), {"quant": "int3"}, ValueError, "quant is 'int3'; allowed: "),
+    "quant": (lambda: tiny("llama"), {"quant": "int3"}, ValueError, "format is 'int3'; allowed: int4"),
     "kv_cache": (lambda: tiny("llama"), {"kv_cache": "int3"}, ValueError, "kv_cache is 'int3'; allowed: "),
     "tp": (lambda: tiny("llama"), {"tp": -1}, ValueError, "tp is -1; allowed: "),
     "pp": (lambda: tiny("llama"), {"pp": "x"}, ValueError, "pp is 'x'; allowed: "),
