@@ -19,14 +19,14 @@ def test_every_example_runs(wheel, tmp_path):
     """The Python ones in a namespace each; the commands of ftops; and what is shown as output is what they print."""
     python, _ = environment(tmp_path / "venv")
     install(python, wheel)
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
     code = "".join(f"exec(compile({text!r}, 'README example {number}', 'exec'), {{}})\n" for number, text in enumerate(PYTHON, 1))
     shown = run(python, "-c", code, cwd=tmp_path, HF_HUB_OFFLINE="1").stdout
     lines = {line.rstrip() for line in shown.splitlines()}
     assert [line for text in OUTPUTS for line in text.splitlines() if line not in lines] == []
 
     commands = [command for command in COMMANDS if command.startswith("ftops ")]
-    assert {command.split()[1] for command in commands} == {"info", "generate", "demo"}
+    assert {command.split()[1] for command in commands} == {"info", "generate", "evaluate", "demo"}
     for command in commands:
         shown = run("bash", "-c", command, cwd=tmp_path, PATH=f"{python.parent}:/usr/bin:/bin").stdout
         assert "demo" not in command or shown.count("Output: same") == 2
