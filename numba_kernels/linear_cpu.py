@@ -11,7 +11,7 @@ import torch
 from numba import njit
 
 
-@njit("void(int8[:, ::1], float32[::1], float32[::1], float32[::1])", fastmath=True, nogil=True)
+@njit(fastmath=True, nogil=True)
 def _product(values, scales, x, y):
     rows, columns = values.shape[0], x.shape[0]
     part = rows // 4

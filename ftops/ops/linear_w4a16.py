@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
-from ftops.ops.linear import check_beside_weight, library
+from ftops.ops.linear import check_beside_weight, followed, library
 from ftops.ops.linear import reference as linear_reference
 from ftops.packing import PIECE_K, dequantise_4bit, described, pack_4bit, pack_groups, tiles_of
 from ftops.samples import randn
@@ -28,6 +28,14 @@ def reference(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, featu
 
 def _library(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
     return library(x, dequantise_4bit(packed, scales, features, x.shape[-1], x.dtype), *rest)
+
+
+def _cpu(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
+    """One row by a kernel of ours; for more, W is written out."""
+    if not 0 < x.numel() == x.shape[-1] or not features:
+        return _library(x, packed, scales, features, *rest)
+    from ftops.numba_kernels.linear_w4a16_cpu import one_row
+    return followed(one_row(x, packed, scales, features).view(*x.shape[:-1], features), *rest)
 
 
 def _cuda() -> Callable[..., Any]:
@@ -50,7 +58,7 @@ def _fake(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features:
 
 
 LINEAR_W4A16 = register("linear_w4a16(Tensor x, Tensor packed, Tensor scales, int features, Tensor? bias, str? activation, "
-                        "Tensor? residual) -> Tensor", cpu=_library, cuda=_cuda, fake=_fake)
+                        "Tensor? residual) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake)
 _linear_w4a16 = straight(LINEAR_W4A16)
 
 
@@ -99,6 +107,7 @@ def cases() -> Iterator[Case]:
     yield case("many", (70, 256), 96, bias=True, residual=True)
     yield case("k_ends", (9, 1000), 33, zeros=True)
     yield case("odd", (2, 111), 7, bias=True)
+    yield case("row_odd", (1, 1000), 70, 64, zeros=True, activation="relu")
     yield case("empty", (0, 64), 8, 64, bias=True)
     yield Case("columns", lambda device, dtype: (
         (randn((4, 512), device, dtype)[:, 124:380], pack_4bit(torch.randint(16, (48, 256), dtype=torch.uint8), 128).to(device),
