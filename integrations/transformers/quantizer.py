@@ -16,6 +16,7 @@ from ftops.integrations.transformers.calibration import largest_inputs, smoothin
 from ftops.integrations.transformers.config import METHOD, QuantConfig, as_config
 from ftops.integrations.transformers.quantized import Target, check_values, put, quantize_targets, quantize_weight, restore, targets
 from ftops.quant import QuantizedWeight
+from ftops.quant.module import Quantized
 from ftops.quant.storage import Stored, describe, read
 
 __all__ = ["STORED", "QuantConfig", "quantize"]
@@ -57,6 +58,10 @@ class Quantizer(HfQuantizer):
             for path, qw in stored.weights.items():
                 _hold(model, path, qw)
             _compare(model, stored.tensors)
+            # Some models tie their head whatever the configuration says.
+            held = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Quantized)}
+            model.all_tied_weights_keys = {name: source for name, source in model.all_tied_weights_keys.items()
+                                           if not held & {name, source}}
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

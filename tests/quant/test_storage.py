@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCausalLM
 
 import ftops
 from ftops.integrations.demo.load import load_causal_lm
 from ftops.quant import FORMATS
 from tests.families.tiny import TINY, tiny
 from tests.patch.checks import logits
+from tests.patch.zoo import outputs, small
 
 CONFIG = {"head": "int8", "overrides": {"*.0.*": "fp8"}}
 
@@ -58,6 +59,12 @@ def test_a_head_and_embeddings_that_shared_a_weight(family, tmp_path):
     model = ftops.quantize(tiny(family), "int8", head="int4", embeddings="fp8")
     ftops.save(model, tmp_path / "model")
     assert torch.equal(logits(eager(tmp_path / "model")), logits(model))
+
+
+def test_a_head_that_is_tied_whatever_the_configuration_says(tmp_path):
+    model = ftops.quantize(small("t5", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING), "int8", head="int8")
+    ftops.save(model, tmp_path / "model")
+    assert all(map(torch.equal, outputs(ftops.load(tmp_path / "model", device="cpu")), outputs(model)))
 
 
 def test_several_files_of_several_formats(saved):
