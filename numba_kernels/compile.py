@@ -136,14 +136,17 @@ def _llvm_ir(spec: Spec) -> list[str]:
 
 @contextmanager
 def _numba() -> Iterator[None]:
-    """Numba without a GPU, and in two thirds of the time.
+    """Numba without a GPU, and in half of the time.
 
     It asks the current device for its capability when it meets a nested device function; what it writes does not depend on the answer.
     At each use of an operator it goes through all that the operator means for arrays, text, sets, ...; here once for the same types.
+    Two passes look for comprehensions, closures and array expressions, and analyse the whole function anew when they have found none.
     It keeps most of what it makes until it ends: until then, garbage is not looked for.
     """
     from numba.cuda import dispatcher, types
-    ask, resolve, collects = dispatcher.get_current_device, types.BaseFunction.get_call_type, gc.isenabled()
+    from numba.cuda.compiler import CUDACompiler
+    ask, resolve, pipelines = dispatcher.get_current_device, types.BaseFunction.get_call_type, CUDACompiler.define_pipelines
+    collects = gc.isenabled()
 
     def resolve_once(function: types.Function, context: object, args: tuple, kws: dict) -> object:
         key = function, context, args, tuple(kws.items())
@@ -151,15 +154,20 @@ def _numba() -> Iterator[None]:
             _RESOLVED[key] = resolve(function, context, args, kws)
         return _RESOLVED[key]
 
+    def needed(compiler: CUDACompiler) -> list:
+        (pipeline,) = pipelines(compiler)
+        pipeline.passes = [step for step in pipeline.passes if step[0].name() not in ("inline_closure_likes", "nopython_rewrites")]
+        return [pipeline]
+
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=OLDEST)
-    types.BaseFunction.get_call_type = resolve_once
+    types.BaseFunction.get_call_type, CUDACompiler.define_pipelines = resolve_once, needed
     gc.disable()
     try:
         yield
     finally:
         if collects:
             gc.enable()
-        dispatcher.get_current_device, types.BaseFunction.get_call_type = ask, resolve
+        dispatcher.get_current_device, types.BaseFunction.get_call_type, CUDACompiler.define_pipelines = ask, resolve, pipelines
 
 
 def _lto_ir(modules: list[str], capability: int, suffix: str) -> tuple[bytes, float]:
