@@ -13,6 +13,7 @@ from bench.record import OURS
 from ftops import ops
 from ftops.formula import attention_formula
 from ftops.ops.append_kv import to_cache
+from ftops.ops.attention_fp8 import quantise_heads
 from ftops.ops.decode_attention import reference as decode_reference
 
 BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
@@ -28,6 +29,7 @@ DECODE = [(1, 32, 8, 1024, 128, None, BF16), (1, 32, 8, 8192, 128, None, BF16), 
           (16, 16, 16, 2048, 256, None, BF16), (16, 32, 8, 4096, 128, 16, BF16), (64, 32, 8, 4096, 128, 16, BF16),
           (1, 32, 8, 131072, 128, 16, BF16), (64, 32, 8, 4096, 128, None, INT8), (64, 32, 8, 4096, 128, None, FP8),
           (64, 32, 8, 4096, 128, 16, FP8)]
+PREFILL_FP8 = [(4, 16, 16, 4096, 128, True), (1, 32, 8, 16384, 128, True), (4, 16, 16, 4096, 128, False)]
 # B, longest, H, D: BERT's batch of which about half are padding
 VARLEN = [(32, 384, 12, 64)]
 
@@ -35,6 +37,7 @@ if small_sizes():
     PREFILL = [(1, 4, 4, 128, 64, True), (1, 8, 2, 128, 64, True), (2, 4, 4, 96, 64, False)]
     DECODE = [(1, 8, 2, 512, 64, None, BF16), (4, 8, 2, 256, 64, None, BF16), (4, 8, 2, 256, 64, 16, BF16), (4, 8, 2, 256, 64, None, INT8)]
     VARLEN = [(4, 64, 4, 64)]
+    PREFILL_FP8 = [(1, 4, 2, 128, 128, True)]
 
 
 def sdpa(backend: SDPBackend | None, **options: Any) -> Run:
@@ -89,6 +92,27 @@ def prefill(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, c
     return Problem("attention", f"{batch},{heads},{kv_heads},{length},{head_dim} {'causal' if causal else 'full'}", make,
                    {OURS: lambda i: ops.attention(i.q, i.k, i.v, causal=causal), **peers(is_causal=causal), **flex(causal)}, expected,
                    lambda out, i: out[:1, -ROWS:], 2 * 2 * batch * length * (heads + kv_heads) * head_dim, 4 * pairs * head_dim)
+
+
+def prefill_fp8(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, causal: bool) -> Problem:
+    """8-bit q, k, v against ours and PyTorch's of the same values in bfloat16."""
+    def make(device: torch.device) -> SimpleNamespace:
+        quantised = [quantise_heads(randn(batch, length, count, head_dim, device=device)) for count in (heads, kv_heads, kv_heads)]
+        i = SimpleNamespace(narrow=[values for values, _ in quantised], scales=[scale for _, scale in quantised])
+        i.q, i.k, i.v = ((values.float() * scale.unsqueeze(-1)).to(BF16) for values, scale in quantised)
+        return i
+
+    def expected(i: SimpleNamespace) -> torch.Tensor:
+        positions = torch.arange(length - min(ROWS, length), length, device=i.q.device).unsqueeze(0)
+        q, k, v = (values[:1].float() * scale.unsqueeze(-1) for values, scale in zip(i.narrow, i.scales, strict=True))
+        return attention_formula(q[:, -ROWS:], k, v, positions, causal=causal, scale=head_dim ** -0.5, window=(-1, -1))
+
+    pairs = batch * heads * length * length / (2 if causal else 1)
+    return Problem("attention_fp8", f"{batch},{heads},{kv_heads},{length},{head_dim} {'causal' if causal else 'full'}", make,
+                   {OURS: lambda i: ops.attention_fp8(*i.narrow, *i.scales, causal=causal),
+                    "ftops, bf16": lambda i: ops.attention(i.q, i.k, i.v, causal=causal), **peers(is_causal=causal)}, expected,
+                   lambda out, i: out[:1, -ROWS:], 2 * batch * length * (1.5 * heads + kv_heads) * head_dim, 4 * pairs * head_dim,
+                   format_error=0.125)
 
 
 def decode(batch: int, heads: int, kv_heads: int, context: int, head_dim: int, page_size: int | None, dtype: torch.dtype) -> Problem:
@@ -166,4 +190,5 @@ def varlen(batch: int, longest: int, heads: int, head_dim: int) -> Problem:
                    4 * heads * head_dim * float((lengths ** 2).sum()))
 
 
-PROBLEMS = [*(prefill(*shape) for shape in PREFILL), *(varlen(*shape) for shape in VARLEN), *(decode(*shape) for shape in DECODE)]
+PROBLEMS = [*(prefill(*shape) for shape in PREFILL), *(prefill_fp8(*shape) for shape in PREFILL_FP8),
+            *(varlen(*shape) for shape in VARLEN), *(decode(*shape) for shape in DECODE)]

@@ -22,7 +22,8 @@ class Problem:
     """make(device) draws one set of inputs; each side computes from it, the first being ours.
 
     expected(inputs) is computed in float32, of that part of the output alone that view(output, inputs) picks, so that it can be paid for.
-    bytes that must move and flops that must be done, whoever does it.
+    bytes that must move and flops that must be done, whoever does it. format_error: what the op's number format may cost, of the largest
+    value.
     """
 
     op: str
@@ -33,6 +34,7 @@ class Problem:
     view: Callable[[Any, Any], torch.Tensor]
     bytes: float
     flops: float = 0.0
+    format_error: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name.replace(' ', '_')}"

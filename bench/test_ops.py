@@ -30,7 +30,7 @@ def test_op(problem: Problem, measure: Callable[..., Record], device: torch.devi
 
 
 def check(problem: Problem, sides: list[Side], inputs: Any) -> None:
-    """The output that is timed is right: no further from the exact one than twice the nearest peer's, and two roundings."""
+    """The output that is timed is right: no further from the exact one than twice the nearest peer's, two roundings, its format's cost."""
     expected = problem.expected(inputs)
     for side in sides:
         try:
@@ -40,4 +40,5 @@ def check(problem: Problem, sides: list[Side], inputs: Any) -> None:
                 raise
             side.missing = f"{type(reason).__name__}: {str(reason).splitlines()[0][:100]}"
     allowed = allowed_error(expected, DTYPE, [side.error for side in sides if side.name != OURS and side.error is not None])
+    allowed += problem.format_error * float(expected.abs().max())
     assert sides[0].error <= allowed

@@ -1,4 +1,4 @@
-"""attention and attention_varlen on the GPU: which kernel, copies of what it cannot read, and the launch.
+"""attention, attention_varlen and attention_fp8 on the GPU: which kernel, copies of what it cannot read, and the launch.
 
     out_i = sum_j softmax_j(softcap(scale q_i . k_j) + bias_ij - slope |position_i - j|) v_j        position_i = Skv - Sq + i
 """
@@ -11,6 +11,7 @@ import torch
 
 from ftops.numba_kernels import attention_library, attention_mma, attention_plain, attention_sm90, attention_sm90_launch
 from ftops.numba_kernels.attention_common import UNBOUNDED, address
+from ftops.numba_kernels.attention_sm90_config import NARROW_HEAD_DIM
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, architecture, empty_like, load
 from ftops.numba_kernels.rows import DTYPE_NAME
@@ -52,8 +53,7 @@ def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int, queri
             starts_q: torch.Tensor | None, starts_kv: torch.Tensor | None) -> torch.Tensor:
     """starts_q and starts_kv: `batch` sequences lie end to end in row 0 of q, k and v."""
     wanted_dim = q.shape[3]
-    left = left if 0 <= left < UNBOUNDED else UNBOUNDED
-    right = 0 if causal else right if 0 <= right < UNBOUNDED else UNBOUNDED
+    left, right = _window(causal, left, right)
     if q.dtype is torch.float32 and attention_library.serves(q, k, left, right, softcap, bias, alibi_slopes, lengths, starts_q):
         return attention_library.attention(q, k, v, right == 0, scale, bias)
     q, k, v = _readable(q), _readable(k), _readable(v)
@@ -80,6 +80,33 @@ def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int, queri
                    *_byte_strides(k, packed), *_byte_strides(v, packed), *bias_strides, queries, keys, heads, heads // k.shape[2], dim,
                    tiles, left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
     return out if dim == wanted_dim else out[..., :wanted_dim].contiguous()
+
+
+def launch_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_scale: torch.Tensor, k_scale: torch.Tensor, v_scale: torch.Tensor,
+               causal: bool, scale: float, window_left: int, window_right: int) -> torch.Tensor:
+    """On Hopper up to head_dim 128 in 8 bits; elsewhere by the kernel for bfloat16, which holds every e4m3."""
+    wanted_dim = q.shape[3]
+    if architecture(q.device.index) != "sm_90a" or wanted_dim > NARROW_HEAD_DIM or scale <= 0:
+        group = q.shape[2] // k.shape[2]
+        of_scores = (q_scale * k_scale.repeat_interleave(group)).unsqueeze(-1)
+        out = launch((q.float() * of_scores).bfloat16(), k.bfloat16(), v.bfloat16(), causal, scale, window_left, window_right, 0.0, None,
+                     None, None)
+        return (out.float() * v_scale.repeat_interleave(group).unsqueeze(-1)).bfloat16()
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
+    if k.numel() == 0:
+        out.zero_()
+    elif out.numel():
+        kernel = attention_sm90_launch.loaded(q.dtype, NARROW_HEAD_DIM, False, False, q.device.index)
+        attention_sm90_launch.start(kernel, q, k, v, out, q.shape[0], q.shape[1], k.shape[1], scale,
+                                    *_window(causal, window_left, window_right), 0.0, None, NO_STRIDES, None, None, None, None,
+                                    tuple(t.contiguous() for t in (q_scale, k_scale, v_scale)))
+    return out if out.shape[3] == wanted_dim else out[..., :wanted_dim].contiguous()
+
+
+def _window(causal: bool, left: int, right: int) -> tuple[int, int]:
+    """As the kernels take it: causal is a right end, UNBOUNDED is none."""
+    return left if 0 <= left < UNBOUNDED else UNBOUNDED, 0 if causal else right if 0 <= right < UNBOUNDED else UNBOUNDED
 
 
 def _readable(t: torch.Tensor) -> torch.Tensor:

@@ -19,36 +19,41 @@ from ftops.numba_kernels import ptx
 from ftops.numba_kernels import ptx_sm90 as hopper
 from ftops.numba_kernels.attention_common import LOG2E
 from ftops.numba_kernels.attention_scores import make_hide, make_shape_scores
-from ftops.numba_kernels.attention_sm90_config import HEAD_DIMS, INFO_BYTES, INFO_SLOTS, Config, pick
+from ftops.numba_kernels.attention_sm90_config import HEAD_DIMS, INFO_BYTES, INFO_SLOTS, NARROW, NARROW_HEAD_DIM, Config, pick
 from ftops.numba_kernels.attention_sm90_load import NOTHING, make_produce
-from ftops.numba_kernels.attention_sm90_math import LOOSE, LOWEST, make_clear, make_products, make_softmax, make_store
+from ftops.numba_kernels.attention_sm90_math import LOOSE, LOWEST, SLACK, make_clear, make_products, make_softmax, make_store
+from ftops.numba_kernels.attention_sm90_turn import WARPS, make_turn
 from ftops.numba_kernels.compile import Spec
 
-# Tensor maps of q, k, v; out, bias, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_kv, counters (0 = not given); strides in bytes of
+# Tensor maps of q, k, v; out, bias, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_kv, counters, scales of 8-bit q, k, v
+# (0 = not given); strides in bytes of
 # bias (batch, head, row); Sq, Skv, heads, query heads a kv head, head_dim, batch, tiles a sequence, pairs of sequence and head a section,
 # window left and right, bias is float32; scale, softcap.
-SIGNATURE = "ttt" + "ppppppp" + "lll" + "iiiiiiiiiii" + "ff"
+SIGNATURE = "ttt" + "pppppppppp" + "lll" + "iiiiiiiiiii" + "ff"
 
 
 def make(config: Config) -> Callable:
     head_dim, extras, consumers, keys, stages, q_registers, turns = (
         config.head_dim, config.extras, config.consumers, config.keys, config.stages, config.q_registers, config.turns)
-    of_consumers = np.uint32(128 * consumers)
+    of_consumers, narrow = np.uint32(128 * consumers), config.narrow
     tile_bytes = np.uint32(config.tile_bytes)
     k_at, v_at, info_at = np.uint32(config.k_at), np.uint32(config.v_at), np.uint32(config.info_at)
     q_full, q_empty = np.uint32(config.q_full), np.uint32(config.q_empty)
     k_full, k_empty, v_full, v_empty = (np.uint32(at) for at in (config.k_full, config.k_empty, config.v_full, config.v_empty))
-    score_size, out_size, prob_size, query_size = keys // 2, head_dim // 2, keys // 4, head_dim // 4
+    width = 1 if narrow else 2
+    score_size, out_size, prob_size, query_size = keys // 2, head_dim // 2, width * keys // 8, width * head_dim // 8
     last, both = np.uint32(stages - 1), np.uint32(256)
     # Registers of a producer's and of a consumer's thread: what the block was launched with, 504 or 512 a lane of four or three warpgroups.
-    give, take = (hopper.SETMAXNREG["dec", 40], hopper.SETMAXNREG["inc", 232]) if consumers == 2 else (hopper.SETMAXNREG["dec", 32],
-                                                                                                  hopper.SETMAXNREG["inc", 160])
+    few, many = ((56, 224) if narrow else (40, 232)) if consumers == 2 else (56, 152) if narrow else (32, 160)
+    give, take = hopper.SETMAXNREG["dec", few], hopper.SETMAXNREG["inc", many]
     wait_0, wait_1 = hopper.WGMMA_WAIT[0], hopper.WGMMA_WAIT[1]
     take_q, scores, column_major, accumulate = make_products(config)
     sample, highest, settle, powers, rescale, pack = make_softmax(config)
-    loose = LOOSE[config.dtype]
+    loose, slack, v_bytes = LOOSE[config.dtype], SLACK[config.dtype], np.uint32(config.v_bytes)
+    raw_full, raw_empty, fillers = np.uint32(config.raw_full), np.uint32(config.raw_empty), WARPS if narrow else 1
+    turn_v = make_turn(config) if narrow else None
     hide = make_hide(keys, 1)
-    shape_scores = make_shape_scores(config.dtype, keys, 1)
+    shape_scores = make_shape_scores(config.out_dtype, keys, 1)
     clear, store, produce = make_clear(config), make_store(config), make_produce(config)
 
     @cuda.jit(device=True, forceinline=True)
@@ -60,11 +65,11 @@ def make(config: Config) -> Callable:
             hide(score, key, np.int32(ptx.ld_shared_32(info + np.uint32(8))), left, right,
                  np.int32(ptx.ld_shared_32(info + np.uint32(16))))
         high_0, high_1 = highest(score)
-        return settle(high_0, high_1, bases, factor)
+        return settle(high_0, high_1, bases, factor, np.float32(0))
 
     def attention_sm90(q_map, k_map, v_map, out_gl, bias_gl, alibi_gl, lengths_gl, starts_q_gl, starts_kv_gl, counters_gl,
-                       bias_batch, bias_head, bias_row, queries, keys_there, heads, group, dim, batches, tiles, section, left, right,
-                       bias_wide, scale, softcap):
+                       q_scale_gl, k_scale_gl, v_scale_gl, bias_batch, bias_head, bias_row, queries, keys_there, heads, group, dim, batches,
+                       tiles, section, left, right, bias_wide, scale, softcap):
         base = np.uint32((ptx.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00))
         thread = np.uint32(cuda.threadIdx.x)
         q_tensor, k_tensor, v_tensor = hopper.tensor_map(q_map), hopper.tensor_map(k_map), hopper.tensor_map(v_map)
@@ -73,10 +78,13 @@ def make(config: Config) -> Callable:
             hopper.prefetch_tensor_map(k_tensor)
             hopper.prefetch_tensor_map(v_tensor)
             hopper.mbarrier_init(base + q_full, np.uint32(1))
-            hopper.mbarrier_init(base + q_empty, np.uint32(4 * consumers))
+            hopper.mbarrier_init(base + q_empty, np.uint32(4 * consumers + (fillers if narrow else 0)))
             for s in range(stages):
                 hopper.mbarrier_init(base + k_full + np.uint32(8 * s), np.uint32(1))
-                hopper.mbarrier_init(base + v_full + np.uint32(8 * s), np.uint32(1))
+                hopper.mbarrier_init(base + v_full + np.uint32(8 * s), np.uint32(fillers))
+                if narrow:
+                    hopper.mbarrier_init(base + raw_full + np.uint32(8 * s), np.uint32(1))
+                    hopper.mbarrier_init(base + raw_empty + np.uint32(8 * s), np.uint32(fillers))
                 hopper.mbarrier_init(base + k_empty + np.uint32(8 * s), np.uint32(consumers))
                 hopper.mbarrier_init(base + v_empty + np.uint32(8 * s), np.uint32(consumers))
             hopper.fence_mbarrier_init()
@@ -87,6 +95,8 @@ def make(config: Config) -> Callable:
             if thread < of_consumers + np.uint32(32):
                 produce(base, q_tensor, k_tensor, v_tensor, lengths_gl, starts_q_gl, starts_kv_gl, counters_gl, queries, keys_there,
                         np.uint32(heads), np.uint32(group), np.uint32(batches), np.uint32(tiles), np.uint32(section), left, right)
+            elif narrow:
+                turn_v(base, np.uint32((thread - of_consumers) >> np.uint32(5)) - np.uint32(1))
             return
 
         take()
@@ -97,7 +107,7 @@ def make(config: Config) -> Callable:
         my_turn = np.uint32(mine + np.uint32(1))
         next_turn = np.uint32(1) if mine == np.uint32(consumers - 1) else np.uint32(my_turn + np.uint32(1))
         factor = np.float32(1) if extras else scale * LOG2E
-        slope = np.float32(0)
+        slope, gain = np.float32(0), np.float32(1)
         out = cuda.local.array(out_size, np.float32)
         score = cuda.local.array(score_size, np.float32)
         prob = cuda.local.array(prob_size, np.uint32)
@@ -126,7 +136,7 @@ def make(config: Config) -> Callable:
             end = np.int32(min(limit, np.int32(position + height + right))) if height > np.int32(0) else np.int32(-1)
             # Rows of the first V tile that exist, where what follows them in memory is of others.
             valid = np.int32(keys)
-            if lengths_gl != np.uint64(0) or starts_q_gl != np.uint64(0):
+            if not narrow and (lengths_gl != np.uint64(0) or starts_q_gl != np.uint64(0)):
                 valid = np.int32(min(valid, np.int32(limit - key)))
             if extras:
                 _, _, head, batch = ptx.ld_shared_128(info + np.uint32(16))
@@ -138,6 +148,11 @@ def make(config: Config) -> Callable:
                     tile_bias_gl += np.uint64(batch) * np.uint64(bias_batch) + np.uint64(head) * np.uint64(bias_head)
                 if alibi_gl != np.uint64(0):
                     slope = LOG2E * ptx.ld_global_f32(alibi_gl + np.uint64(4) * np.uint64(head))
+            if narrow:
+                _, _, head, _ = ptx.ld_shared_128(info + np.uint32(16))
+                at, at_kv = np.uint64(4) * np.uint64(head), np.uint64(4) * np.uint64(ptx.div_u32(head, np.uint32(group)))
+                factor = scale * LOG2E * ptx.ld_global_f32(q_scale_gl + at) * ptx.ld_global_f32(k_scale_gl + at_kv)
+                gain = ptx.ld_global_f32(v_scale_gl + at_kv)
             for i in range(out_size):
                 out[i] = np.float32(0)
             for h in range(2):
@@ -177,11 +192,11 @@ def make(config: Config) -> Callable:
                 if edge:
                     hide(score, key, np.int32(ptx.ld_shared_32(info + np.uint32(8))), left, right,
                          np.int32(ptx.ld_shared_32(info + np.uint32(16))))
-                if edge or extras:
+                if edge or extras or narrow:
                     high_0, high_1 = highest(score)
                 else:
                     high_0, high_1 = sample(score)
-                settle(high_0, high_1, bases, factor)
+                settle(high_0, high_1, bases, factor, slack)
                 sum_0, sum_1 = powers(score, bases, factor)
                 outgrown = np.uint32(0)
                 if not extras:
@@ -195,8 +210,8 @@ def make(config: Config) -> Callable:
                 unsettled = edge
                 hopper.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
                 pack(prob, score)
-                if valid < np.int32(keys):
-                    clear(base + v_at + slot * tile_bytes, valid)
+                if not narrow and valid < np.int32(keys):
+                    clear(base + v_at + slot * v_bytes, valid)
                     hopper.bar_sync(own_bar, np.uint32(128))
                 before = slot
                 phase = np.uint32(phase ^ np.uint32(slot == last))
@@ -208,7 +223,7 @@ def make(config: Config) -> Callable:
                     if turns:
                         hopper.bar_sync(my_turn, both)
                     scores(score, query, q_mine, base + k_at + slot * tile_bytes)
-                    accumulate(out, prob, column_major(base + v_at + ptx.uniform(before) * tile_bytes))
+                    accumulate(out, prob, column_major(base + v_at + ptx.uniform(before) * v_bytes))
                     if turns:
                         hopper.bar_arrive(next_turn, both)
                     wait_1()
@@ -224,7 +239,7 @@ def make(config: Config) -> Callable:
                     r0, r1 = np.float32(1), np.float32(1)
                     if edge or unsettled or extras:
                         high_0, high_1 = highest(score)
-                        r0, r1 = settle(high_0, high_1, bases, factor)
+                        r0, r1 = settle(high_0, high_1, bases, factor, slack)
                     sum_0, sum_1 = powers(score, bases, factor)
                     outgrown = np.uint32(0)
                     if not extras:
@@ -252,7 +267,7 @@ def make(config: Config) -> Callable:
                     waiting = np.int32(waiting - np.int32(1))
                 if speaker and not q_registers:
                     hopper.mbarrier_arrive(base + q_empty)
-                accumulate(out, prob, column_major(base + v_at + ptx.uniform(before) * tile_bytes))
+                accumulate(out, prob, column_major(base + v_at + ptx.uniform(before) * v_bytes))
                 wait_0()
                 if leader:
                     hopper.mbarrier_arrive(base + v_empty + np.uint32(8) * before)
@@ -262,7 +277,7 @@ def make(config: Config) -> Callable:
             warp_row = np.int32(ptx.here(np.uint32(cuda.threadIdx.x)) >> np.uint32(5)) * np.int32(16)
             row_bytes = np.uint64(heads) * np.uint64(2 * dim)
             out_row = np.uint64(out_row) + np.uint64(warp_row)
-            store(out, total, out_gl + out_row * row_bytes + np.uint64(head) * np.uint64(2 * dim), row_bytes,
+            store(out, total, gain, out_gl + out_row * row_bytes + np.uint64(head) * np.uint64(2 * dim), row_bytes,
                   np.int32(np.int32(ptx.ld_shared_32(info + np.uint32(12))) - warp_row), dim)
             turn = np.uint32(turn + np.uint32(1))
         if turns and mine == np.uint32(0):
@@ -280,3 +295,4 @@ def variants() -> Iterator[Spec]:
     picked = (pick(dtype, head_dim, extras, short) for dtype in ("float16", "bfloat16") for head_dim in HEAD_DIMS
               for extras in (False, True) for short in (False, True))
     yield from map(spec, dict.fromkeys(picked))
+    yield spec(pick(NARROW, NARROW_HEAD_DIM, False))

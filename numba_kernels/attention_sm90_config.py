@@ -5,7 +5,8 @@ import functools
 from dataclasses import dataclass
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-CHUNK = 64  # columns of a row of 128 bytes, the widest that TMA and wgmma swizzle
+ROW_BYTES = 128  # of a tile in shared memory, the widest that TMA and wgmma swizzle
+NARROW, NARROW_HEAD_DIM = "float8_e4m3fn", 128  # smaller ones are filled with zeros on the way to shared memory
 INFO_BYTES, INFO_SLOTS = 48, 2
 
 
@@ -34,8 +35,22 @@ class Config:
         return 128 * (self.consumers + 1)
 
     @property
+    def narrow(self) -> bool:
+        """8-bit: wgmma takes V only if the keys of a column are adjacent, so warps beside the producer turn each tile."""
+        return self.dtype == NARROW
+
+    @property
+    def out_dtype(self) -> str:
+        return "bfloat16" if self.narrow else self.dtype
+
+    @property
+    def chunk(self) -> int:
+        """Columns of head_dim in a row of shared memory."""
+        return ROW_BYTES // (1 if self.narrow else 2)
+
+    @property
     def chunks(self) -> int:
-        return -(-self.head_dim // CHUNK)
+        return -(-self.head_dim // self.chunk)
 
     @property
     def q_bytes(self) -> int:
@@ -44,6 +59,11 @@ class Config:
     @property
     def tile_bytes(self) -> int:
         return self.chunks * 128 * self.keys
+
+    @property
+    def v_bytes(self) -> int:
+        """A tile of V as it is multiplied."""
+        return self.head_dim * -(-self.keys // 128) * 128 if self.narrow else self.tile_bytes
 
     # Offsets from a base of 1024-byte alignment: Q at 0, then K, V, the barriers (8 bytes each) and what the producer says of a tile, which
     # is read until the tile is stored, when the producer may be one tile ahead.
@@ -57,8 +77,13 @@ class Config:
         return self.k_at + self.stages * self.tile_bytes
 
     @property
+    def raw_at(self) -> int:
+        """V as TMA brings it."""
+        return self.v_at + self.narrow * self.stages * self.v_bytes
+
+    @property
     def q_full(self) -> int:
-        return self.v_at + self.stages * self.tile_bytes
+        return self.raw_at + self.stages * self.tile_bytes
 
     @property
     def q_empty(self) -> int:
@@ -81,8 +106,16 @@ class Config:
         return self.v_full + 8 * self.stages
 
     @property
+    def raw_full(self) -> int:
+        return self.v_full + self.narrow * 16 * self.stages
+
+    @property
+    def raw_empty(self) -> int:
+        return self.raw_full + 8 * self.stages
+
+    @property
     def info_at(self) -> int:
-        return -(-(self.v_empty + 8 * self.stages) // 16) * 16
+        return -(-(self.raw_empty + 8 * self.stages) // 16) * 16
 
     @property
     def shared_bytes(self) -> int:
@@ -92,7 +125,8 @@ class Config:
 
 def pick(dtype: str, head_dim: int, extras: bool, short: bool = False) -> Config:
     """short: as `is_short` says of the problem."""
-    return Config(dtype, head_dim, extras, *(_EXTRA_TILES if extras else _TILES | _SHORT_TILES if short else _TILES)[head_dim])
+    tiles = _NARROW_TILES if dtype == NARROW else _EXTRA_TILES if extras else _TILES | _SHORT_TILES if short else _TILES
+    return Config(dtype, head_dim, extras, *tiles[head_dim])
 
 
 # consumers, keys, stages, q_registers, turns: the fastest measured over the rows of docs/tuning/attention_sm90.md. Keys are released after
@@ -106,6 +140,7 @@ _TILES = {
     192: (2, 112, 2, False, False),
     256: (2, 80, 2, False, True),
 }
+_NARROW_TILES = {NARROW_HEAD_DIM: (2, 128, 3, True, True)}
 # At 80 to 128 smaller tiles waste less under a causal mask, and more of them are on their way: 128, 256, 512 keys of 32 heads over 8: 16.5,
 # 35.0, 50.4 us; with the tiles above 18.3, 36.9, 51.7; at 2048 68.5 and 63.8.
 _SHORT_TILES = {64: (2, 128, 5, True, False)} | {head_dim: (2, 64, 6, True, False) for head_dim in (80, 96, 128)}

@@ -9,9 +9,8 @@ import torch
 
 from ftops.numba_kernels.attention_common import address
 from ftops.numba_kernels.attention_sm90 import spec
-from ftops.numba_kernels.attention_sm90_config import CHUNK, HEAD_DIMS, is_short, pick
+from ftops.numba_kernels.attention_sm90_config import HEAD_DIMS, is_short, pick
 from ftops.numba_kernels.launch import Kernel, load, multiprocessors
-from ftops.numba_kernels.rows import DTYPE_NAME
 from ftops.numba_kernels.tma import tiles as tiles_of
 
 _SECTION_BYTES = 32 << 20  # keys and values that stay in an L2 of 50 MB while all their query rows pass
@@ -25,21 +24,21 @@ def kernel(dtype: torch.dtype, dim: int, extras: bool, queries: int, keys: int, 
 
     packed: sequences lie end to end, and the bits of one must not depend on how long the others are."""
     head_dim = _PADDED[dim]
-    return _loaded(dtype, head_dim, extras, not extras and not packed and is_short(head_dim, queries, keys), device)
+    return loaded(dtype, head_dim, extras, not extras and not packed and is_short(head_dim, queries, keys), device)
 
 
 @functools.cache
-def _loaded(dtype: torch.dtype, head_dim: int, extras: bool, short: bool, device: int) -> Kernel:
-    loaded = load(spec(pick(DTYPE_NAME[dtype], head_dim, extras, short)), device)
+def loaded(dtype: torch.dtype, head_dim: int, extras: bool, short: bool, device: int) -> Kernel:
+    kernel = load(spec(pick(str(dtype).removeprefix("torch."), head_dim, extras, short)), device)
     if device not in _STOCK:
         _STOCK[device] = torch.zeros(1 << 16, 2, dtype=torch.int32, device=f"cuda:{device}"), itertools.count()
-    return loaded
+    return kernel
 
 
 def start(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, batch: int, queries: int, keys: int,
           scale: float, left: int, right: int, softcap: float, bias: torch.Tensor | None, bias_strides: tuple[int, ...],
           alibi_slopes: torch.Tensor | None, lengths: torch.Tensor | None, starts_q: torch.Tensor | None,
-          starts_kv: torch.Tensor | None) -> None:
+          starts_kv: torch.Tensor | None, scales: tuple[torch.Tensor | None, ...] = (None, None, None)) -> None:
     """As attention.py has it: 16-byte aligned q, k, v[rows of batch, sequence, heads, dim], nothing empty, window ends <= UNBOUNDED."""
     config, device = kernel.spec.config, q.device.index
     # A dimension of a tensor map has a stride: what is broadcast is copied.
@@ -48,11 +47,11 @@ def start(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out
     tiles, pairs, group = -(-queries // config.rows), batch * heads, heads // k.shape[2]
     blocks = min(multiprocessors(device), tiles * pairs)
     alike = (right >= keys or tiles == 1) and lengths is None and starts_q is None
-    section = group if alike else min(pairs, group * max(1, _SECTION_BYTES // (4 * keys * dim)))
+    section = group if alike else min(pairs, group * max(1, _SECTION_BYTES // (2 * q.element_size() * keys * dim)))
     counters = 0 if alike or blocks == tiles * pairs else _counters(device)
-    kernel(blocks, 1, 1, _map(q, config.rows), _map(k, config.keys), _map(v, config.keys), out.data_ptr(), address(bias),
-           address(alibi_slopes), address(lengths), address(starts_q), address(starts_kv), counters, *bias_strides, queries, keys,
-           heads, group, dim, batch, tiles,
+    kernel(blocks, 1, 1, _map(q, config.rows, config.chunk), _map(k, config.keys, config.chunk), _map(v, config.keys, config.chunk),
+           out.data_ptr(), address(bias), address(alibi_slopes), address(lengths), address(starts_q), address(starts_kv), counters,
+           *map(address, scales), *bias_strides, queries, keys, heads, group, dim, batch, tiles,
            section, left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
 
 
@@ -71,7 +70,7 @@ def _counters(device: int) -> int:
     return pair.data_ptr()
 
 
-def _map(t: torch.Tensor, rows: int) -> bytes:
+def _map(t: torch.Tensor, rows: int, columns: int) -> bytes:
     batch, sequence, heads, dim = t.shape
     batch_step, row_step, head_step, _ = t.stride()
-    return tiles_of(t.data_ptr(), t.dtype, (dim, heads, sequence, batch), (head_step, row_step, batch_step), (CHUNK, 1, rows, 1))
+    return tiles_of(t.data_ptr(), t.dtype, (dim, heads, sequence, batch), (head_step, row_step, batch_step), (columns, 1, rows, 1))

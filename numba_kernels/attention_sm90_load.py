@@ -71,11 +71,11 @@ def make_packed_tile(rows: int) -> Callable:
 
 
 def make_produce(config: Config) -> Callable:
-    rows, keys, stages, parts = config.rows, config.keys, config.stages, config.chunks
+    rows, keys, stages, parts, chunk = config.rows, config.keys, config.stages, config.chunks, config.chunk
     q_bytes, tile_bytes = np.uint32(config.q_bytes), np.uint32(config.tile_bytes)
-    k_at, v_at, info_at = np.uint32(config.k_at), np.uint32(config.v_at), np.uint32(config.info_at)
+    k_at, v_at, info_at = np.uint32(config.k_at), np.uint32(config.raw_at), np.uint32(config.info_at)
     q_full, q_empty = np.uint32(config.q_full), np.uint32(config.q_empty)
-    k_full, k_empty, v_full, v_empty = (np.uint32(at) for at in (config.k_full, config.k_empty, config.v_full, config.v_empty))
+    k_full, k_empty, v_full, v_empty = (np.uint32(at) for at in (config.k_full, config.k_empty, config.raw_full, config.raw_empty))
     last = np.uint32(stages - 1)
     packed_tile = make_packed_tile(rows)
 
@@ -83,7 +83,7 @@ def make_produce(config: Config) -> Callable:
     def fetch(place, tile_rows, full, size, tensor, head, row, batch):
         hopper.mbarrier_expect(full, size)
         for c in range(parts):
-            hopper.tma_load_4d(place + np.uint32(c * 128 * tile_rows), tensor, full, np.uint32(64 * c), head, row, batch)
+            hopper.tma_load_4d(place + np.uint32(c * 128 * tile_rows), tensor, full, np.uint32(chunk * c), head, row, batch)
 
     @cuda.jit(device=True, forceinline=True)
     def produce(base, q_tensor, k_tensor, v_tensor, lengths_gl, starts_q_gl, starts_kv_gl, counters_gl, all_queries, all_keys, heads, group,

@@ -12,18 +12,20 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels import ptx_sm90 as hopper
-from ftops.numba_kernels.attention_sm90_config import Config
+from ftops.numba_kernels.attention_sm90_config import NARROW, Config
 
 # Matrix descriptors: 128-byte swizzle, groups of 8 rows 1024 bytes apart; bits 16 to 29: from one 64-column chunk to the next, in 16 bytes,
 # read for MN-major operands alone.
 _SWIZZLED = (1 << 62) | (64 << 32)
 # A base stays while no score of the row is beyond it by more than 2 ** 8, so that O is seldom rescaled. It is what FlashAttention-4 does.
-SLACK = np.float32(8)
+SLACK = {"float16": np.float32(8), "bfloat16": np.float32(8), NARROW: np.float32(0)}
 # The base of a row that has seen nothing: finite, since -inf - -inf is NaN, and below whatever may come.
 LOWEST = np.float32(-3e38)
 # A base may be any score of the row, as long as P stays within the dtype and sums within float32: the most that a thread's share of a row
 # of one tile may add up to before the row is measured anew.
-LOOSE = {"float16": np.float32(2.0 ** 15), "bfloat16": np.float32(2.0 ** 60)}
+LOOSE = {"float16": np.float32(2.0 ** 15), "bfloat16": np.float32(2.0 ** 60), NARROW: np.float32(448)}
+# A base is set so that the highest P is 2 ** this: for e4m3 between the 448 that it may grow to and 2 ** -6, below which bits are lost.
+HIGHEST_P = {"float16": np.float32(0), "bfloat16": np.float32(0), NARROW: np.float32(3)}
 
 
 def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callable]:
@@ -33,11 +35,14 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
     scores(score, query, q_tile, k_tile): score = Q K^T, Q from registers or from q_tile. column_major(address): descriptor of V.
     accumulate(out, prob, v): out += P V. Products start one wgmma group, whose registers must not be touched before it is waited for.
     """
-    steps, key_steps = config.head_dim // 16, config.keys // 16
+    depth = 32 if config.narrow else 16  # of a product: 32 bytes
+    steps, key_steps = config.head_dim // depth, config.keys // depth
     q_chunk, k_chunk = config.rows * 128 // 16, config.keys * 128 // 16
+    # From one product of P V to the next, and to the fourth after it: down the rows of V, or along those of V turned.
+    v_step, v_leap = (2, config.head_dim * 128 // 16) if config.narrow else (128, 4 * 128)
     product, product_q = hopper.wgmma_shared(config.dtype, config.keys), hopper.wgmma_registers(config.dtype, config.keys, True)
     product_p, q_registers = hopper.wgmma_registers(config.dtype, config.head_dim, False), config.q_registers
-    plain, strided = np.uint64(_SWIZZLED), np.uint64(_SWIZZLED | (k_chunk << 16))
+    plain, strided = np.uint64(_SWIZZLED), np.uint64(_SWIZZLED | (0 if config.narrow else k_chunk << 16))
     mask = np.uint32(0x3FFFF)
 
     @cuda.jit(device=True, forceinline=True)
@@ -68,7 +73,7 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
         else:
             q = row_major(ptx.uniform(q_tile))
             for d in range(steps):
-                within = d % 4 * 2  # 16 elements are 32 bytes
+                within = d % 4 * 2
                 product(score, 0, q + np.uint64(d // 4 * q_chunk + within), k + np.uint64(d // 4 * k_chunk + within), np.uint32(d))
         hopper.wgmma_commit()
 
@@ -76,7 +81,8 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
     def accumulate(out, prob, v):
         hopper.wgmma_fence()
         for s in range(key_steps):
-            product_p(out, 0, prob[4 * s], prob[4 * s + 1], prob[4 * s + 2], prob[4 * s + 3], v + np.uint64(128 * s), np.uint32(1))
+            product_p(out, 0, prob[4 * s], prob[4 * s + 1], prob[4 * s + 2], prob[4 * s + 3],
+                      v + np.uint64(s // 4 * v_leap + s % 4 * v_step), np.uint32(1))
         hopper.wgmma_commit()
 
     return take_q, scores, column_major, accumulate
@@ -92,14 +98,14 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable
     """
     tiles, out_tiles = config.keys // 8, config.head_dim // 8
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
-    pair = ptx.PAIR[config.dtype]
-    step = max(1, tiles // 2)
+    pair = ptx.PAIR[config.out_dtype]
+    step, highest_p, quads = max(1, tiles // 2), HIGHEST_P[config.dtype], tiles // 2
 
     @cuda.jit(device=True, forceinline=True)
-    def raised(old, high, factor):
+    def raised(old, high, factor, slack):
         high = ptx.maximum(high, quad_1(high))
-        high = ptx.maximum(high, quad_2(high)) * factor
-        return high if high - old > SLACK else old
+        high = ptx.maximum(high, quad_2(high)) * factor - highest_p
+        return high if high - old > slack else old
 
     @cuda.jit(device=True, forceinline=True)
     def sample(score):
@@ -120,8 +126,8 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable
         return ptx.maximum(even_0, odd_0), ptx.maximum(even_1, odd_1)
 
     @cuda.jit(device=True, forceinline=True)
-    def settle(high_0, high_1, base, factor):
-        new_0, new_1 = raised(base[0], high_0, factor), raised(base[1], high_1, factor)
+    def settle(high_0, high_1, base, factor, slack):
+        new_0, new_1 = raised(base[0], high_0, factor, slack), raised(base[1], high_1, factor, slack)
         r0, r1 = ptx.exp2(base[0] - new_0), ptx.exp2(base[1] - new_1)
         base[0], base[1] = new_0, new_1
         return r0, r1
@@ -159,7 +165,14 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable
         for i in range(2 * tiles):
             prob[i] = pair(score[2 * i], score[2 * i + 1])
 
-    return sample, highest, settle, powers, rescale, pack
+    @cuda.jit(device=True, forceinline=True)
+    def pack_narrow(prob, score):
+        for i in range(quads):
+            for h in range(2):
+                at = 8 * i + 2 * h
+                prob[2 * i + h] = hopper.e4m3_quad(score[at], score[at + 1], score[at + 4], score[at + 5])
+
+    return sample, highest, settle, powers, rescale, pack_narrow if config.narrow else pack
 
 
 def make_clear(config: Config) -> Callable:
@@ -187,7 +200,7 @@ def make_store(config: Config) -> Callable:
     """
     pairs = config.head_dim // 16
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
-    pair = ptx.PAIR[config.dtype]
+    pair = ptx.PAIR[config.out_dtype]
 
     @cuda.jit(device=True, forceinline=True)
     def inverse(total):
@@ -196,12 +209,12 @@ def make_store(config: Config) -> Callable:
         return np.float32(0) if total == np.float32(0) else ptx.reciprocal(total)
 
     @cuda.jit(device=True, forceinline=True)
-    def store(out, total, out_gl, step, left, dim):
+    def store(out, total, gain, out_gl, step, left, dim):
         lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
         odd = (lane & np.uint32(1)) != np.uint32(0)
         row = np.int32(lane >> np.uint32(2))
         column = np.int32(np.uint32(8) * (lane & np.uint32(1)) + np.uint32(2) * (lane & np.uint32(2)))
-        scale_0, scale_1 = inverse(total[0]), inverse(total[1])
+        scale_0, scale_1 = inverse(total[0]) * gain, inverse(total[1]) * gain
         upper = out_gl + np.uint64(np.uint32(row)) * step + np.uint64(np.uint32(2) * np.uint32(column))
         lower = upper + np.uint64(8) * step
         for m in range(pairs):

@@ -32,31 +32,36 @@ prefetch_tensor_map = ptx("prefetch_tensor_map", "prefetch.tensormap [$0];", "",
 tma_load_4d = ptx("tma_load_4d", "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
                   "[$0], [$1, {$3, $4, $5, $6}], [$2];", "", "rlrrrrr")
 SETMAXNREG = {(way, n): ptx(f"setmaxnreg_{way}_{n}", f"setmaxnreg.{way}.sync.aligned.u32 {n};")
-              for way, counts in (("dec", (24, 32, 40)), ("inc", (160, 232, 240))) for n in counts}
+              for way, counts in (("dec", (24, 32, 40, 56)), ("inc", (152, 160, 224, 232, 240))) for n in counts}
 wgmma_fence = ptx("wgmma_fence", "wgmma.fence.sync.aligned;")
 wgmma_commit = ptx("wgmma_commit", "wgmma.commit_group.sync.aligned;")
 WGMMA_WAIT = {n: ptx(f"wgmma_wait_{n}", f"wgmma.wait_group.sync.aligned {n};") for n in range(2)}  # until n groups at most are unfinished
-_WGMMA_DTYPE = {"bfloat16": "bf16", "float16": "f16"}
+_WGMMA_DTYPE = {"bfloat16": (16, "bf16"), "float16": (16, "f16"), "float8_e4m3fn": (32, "e4m3")}  # depth of a product; 8 bits: K-major
+stmatrix_x4 = ptx("stmatrix_x4", "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "", "rrrrr")
+# Four float32 to the four bytes of a word, e4m3, clipped to +-448.
+e4m3_quad = ptx("e4m3_quad", "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
+                "mov.b32 $0, {l, h}; }", "r", "ffff", pure=True)
 
 
 def wgmma_shared(dtype: str, n: int) -> Callable:
     """f(acc, 0, a, b, add): acc[64 x n] = A B^T (+ acc where add is not 0), of one warpgroup. a, b: descriptors of A[64 x 16] and B[n x 16]
     in shared memory, both K-major. acc: a thread's n / 2 float32, as in the PTX ISA, section "wgmma.mma_async.m64nNk16"."""
     registers = ", ".join(f"${i}" for i in range(n // 2))
-    kind = _WGMMA_DTYPE[dtype]
+    depth, kind = _WGMMA_DTYPE[dtype]
     return ptx_accumulate(f"wgmma_shared_{kind}_{n}", f"{{ .reg .pred p; setp.ne.b32 p, ${n + 2}, 0; "
-                          f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{registers}}}, ${n}, ${n + 1}, p, 1, 1, 0, 0; }}",
-                          n // 2, "llr")
+                          f"wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind} {{{registers}}}, ${n}, ${n + 1}, p, 1, 1"
+                          f"{', 0, 0' if depth == 16 else ''}; }}", n // 2, "llr")
 
 
 def wgmma_registers(dtype: str, n: int, k_major: bool) -> Callable:
     """f(acc, 0, a0, a1, a2, a3, b, add): acc[64 x n] = A B (+ acc where add is not 0). A[64 x 16] in registers as mma.m16n8k16 has it, a
     warp's 16 rows; b: descriptor of B[16 x n] in shared memory, K-major as in wgmma_shared, or else N-major (n contiguous)."""
     registers = ", ".join(f"${i}" for i in range(n // 2))
-    kind, transposed = _WGMMA_DTYPE[dtype], 0 if k_major else 1
+    (depth, kind), transposed = _WGMMA_DTYPE[dtype], 0 if k_major else 1
     return ptx_accumulate(f"wgmma_registers_{kind}_{n}_{transposed}", f"{{ .reg .pred p; setp.ne.b32 p, ${n + 5}, 0; "
-                          f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{registers}}}, "
-                          f"{{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, ${n + 4}, p, 1, 1, {transposed}; }}", n // 2, "rrrrlr")
+                          f"wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind} {{{registers}}}, "
+                          f"{{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, ${n + 4}, p, 1, 1{f', {transposed}' if depth == 16 else ''}; }}",
+                          n // 2, "rrrrlr")
 
 
 class _ByValue(ArgumentAttributes):

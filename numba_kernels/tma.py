@@ -5,10 +5,12 @@ import functools
 
 import torch
 
+_KINDS = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float8_e4m3fn: "UINT8"}
+
 
 @functools.lru_cache(maxsize=4096)
 def tiles(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
-    """The 128 bytes of a map of 16-bit elements that copies boxes, innermost dimension first, to shared memory in 128-byte rows, swizzled.
+    """The 128 bytes of a map that copies boxes, innermost dimension first, to shared memory in 128-byte rows, swizzled.
 
     strides, in elements, belong to all dimensions but the innermost, which is dense. Addresses and strides are multiples of 16 bytes.
     Out of bounds reads give zeros. Cached, since encoding costs the host several microseconds. Raises RuntimeError.
@@ -16,9 +18,9 @@ def tiles(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tup
     from cuda.bindings import driver
     kind = driver.CUtensorMapDataType
     # A dimension of size 1 may come with any stride; none is taken, so one that is valid serves.
-    steps = [2 * step if size > 1 else 16 for step, size in zip(strides, shape[1:], strict=True)]
+    steps = [dtype.itemsize * step if size > 1 else 16 for step, size in zip(strides, shape[1:], strict=True)]
     status, made = driver.cuTensorMapEncodeTiled(
-        kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype is torch.bfloat16 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, len(shape), address,
+        getattr(kind, f"CU_TENSOR_MAP_DATA_TYPE_{_KINDS[dtype]}"), len(shape), address,
         [driver.cuuint64_t(size) for size in shape], [driver.cuuint64_t(step) for step in steps], [driver.cuuint32_t(size) for size in box],
         [driver.cuuint32_t(1)] * len(shape), driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B, driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

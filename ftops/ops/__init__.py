@@ -23,6 +23,7 @@ OPS = (
     "rotary_append",
     "attention",
     "attention_varlen",
+    "attention_fp8",
     "decode_attention",
     "sample",
 )

@@ -165,6 +165,21 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seq
     return out
 
 
+def attention_fp8(q, k, v, q_scale, k_scale, v_scale, *, scale=None, **options):
+    """In float64 exact; else in float32 with what e4m3 takes from the weights, the highest of a row being 8."""
+    wide = q_scale.dtype
+    exact = wide is torch.float64
+    q, k, v = (t.to(wide) * s[:, None] for t, s in ((q, q_scale), (k, k_scale), (v, v_scale)))
+    if exact or not q.numel() or not k.numel():
+        return attention(q, k, v, scale=scale, **options).to(wide if exact else torch.bfloat16)
+    ones = torch.eye(k.shape[1], device=q.device, dtype=wide)[None, :, None].expand(k.shape[0], -1, k.shape[2], -1)
+    weights = attention(q, k, ones, scale=q.shape[3] ** -0.5 if scale is None else scale, **options).transpose(1, 2)
+    weights = weights / weights.amax(-1, keepdim=True).clamp(min=1e-30)
+    rounded = (weights * 8).to(torch.float8_e4m3fn).to(wide) / 8
+    values = v.transpose(1, 2).repeat_interleave(q.shape[2] // v.shape[2], 1)
+    return (rounded @ values / weights.sum(-1, keepdim=True).clamp(min=1e-30)).transpose(1, 2).to(torch.bfloat16)
+
+
 def decode_attention(q, k_cache, v_cache, lengths, *, page_table=None, window=None, bias=None, k_scale=None, v_scale=None, fixed_split=None,
                      **options):
     """Row by row: the plain attention of the row's T last tokens over the row's first lengths[b] tokens, however they are split."""
@@ -243,6 +258,6 @@ ORACLES = {
     "rms_norm": rms_norm, "layer_norm": layer_norm, "rotary": rotary, "gated_activation": gated_activation,
     "bias_activation": bias_activation, "linear": linear, "linear_w4a16": linear_w4a16, "linear_w8a16": linear_w8a16,
     "linear_fp8": linear_fp8, "linear_w8a8": linear_w8a8,
-    "attention": attention, "attention_varlen": attention_varlen, "decode_attention": decode_attention,
+    "attention": attention, "attention_varlen": attention_varlen, "attention_fp8": attention_fp8, "decode_attention": decode_attention,
     "sample": sample, "rotary_append": rotary_append,
 }

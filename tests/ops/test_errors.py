@@ -38,6 +38,9 @@ ATTENTION = {"q": zeros(2, 5, 4, 16), "k": zeros(2, 7, 2, 16), "v": zeros(2, 7, 
 VARLEN = {"q": zeros(5, 4, 16), "k": zeros(7, 2, 16), "v": zeros(7, 2, 16), "cu_seqlens_q": torch.tensor([0, 5], dtype=I32),
           "cu_seqlens_kv": torch.tensor([0, 7], dtype=I32), "max_seqlen_q": 5, "max_seqlen_kv": 7}
 DECODE = {"q": zeros(2, 1, 4, 16), "k_cache": zeros(2, 9, 2, 16), "v_cache": zeros(2, 9, 2, 16), "lengths": torch.tensor([1, 2], dtype=I32)}
+E4M3 = torch.float8_e4m3fn
+ATTENTION_FP8 = {"q": zeros(2, 5, 4, 16, dtype=E4M3), "k": zeros(2, 7, 2, 16, dtype=E4M3), "v": zeros(2, 7, 2, 16, dtype=E4M3),
+                 "q_scale": zeros(4), "k_scale": zeros(2), "v_scale": zeros(2)}
 GOOD = {
     "rms_norm": {"x": zeros(*X), "weight": zeros(*W), "eps": 1e-6},
     "layer_norm": {"x": zeros(*X), "weight": None, "bias": None, "eps": 1e-6},
@@ -48,7 +51,7 @@ GOOD = {
     "linear_w8a8": {"x": zeros(*X), "values": zeros(5, 8, dtype=I8), "scales": zeros(5)},
     "linear_fp8": {"x": zeros(*X), "values": zeros(5, 8, dtype=torch.float8_e4m3fn), "scales": zeros(5)},
     "rotary": ROTARY, "append_kv": APPEND, "rotary_append": ROTARY_APPEND, "attention": ATTENTION,
-    "attention_varlen": VARLEN, "decode_attention": DECODE,
+    "attention_varlen": VARLEN, "attention_fp8": ATTENTION_FP8, "decode_attention": DECODE,
     "sample": {"logits": zeros(2, 5)},
 }
 # What the good call leaves out and may be given.
@@ -167,6 +170,12 @@ WRONG = [
     ("attention_varlen", {"cu_seqlens_q": torch.tensor([0, 5])}, ["cu_seqlens_q", "torch.int64", "int32 [B + 1]"]),
     ("attention_varlen", {"cu_seqlens_kv": zeros(0, dtype=I32)}, ["cu_seqlens_kv", "(0,)", "int32 [B + 1]"]),
     ("attention_varlen", {"cu_seqlens_kv": zeros(3, dtype=I32)}, ["cu_seqlens_kv.shape", "(3,)", "(2,)"]),
+    ("attention_fp8", {"k": zeros(2, 7, 2, 16)}, ["k is torch.float32 of 4 dimensions", "float8_e4m3fn of 4"]),
+    ("attention_fp8", {"v": zeros(2, 7, 1, 16, dtype=E4M3)}, ["v.shape", "(2, 7, 1, 16)", "k's, (2, 7, 2, 16)"]),
+    ("attention_fp8", {"q": zeros(1, 5, 4, 16, dtype=E4M3)}, ["k.shape", "(2, 7, 2, 16)", "[1, Skv, Hkv, 16]"]),
+    ("attention_fp8", {"q": zeros(2, 5, 3, 16, dtype=E4M3), "q_scale": zeros(3)}, ["q's heads", "3", "a multiple of the 2 kv heads"]),
+    ("attention_fp8", {"k_scale": zeros(4)}, ["k_scale", "(4,)", "float32 (2,)"]),
+    ("attention_fp8", {"window": (-2, 0)}, ["window", "(-2, 0)", "-1"]),
     ("decode_attention", {"q": zeros(2, 17, 4, 16)}, ["q.shape", "(2, 17, 4, 16)", "T <= 16", "attention"]),
     ("decode_attention", {"q": zeros(2, 1, 4, 257)}, ["head_dim", "257", "1 to 256"]),
     ("decode_attention", {"lengths": torch.tensor([1, 2])}, ["lengths", "torch.int64", "int32 (2,)"]),

@@ -19,7 +19,7 @@ SAMPLES = (  # no two share a kernel: test_compiling_during_capture_is_refused n
     ("rms_norm", "residual"), ("layer_norm", "bert"), ("rotary", "table"), ("gated_activation", "silu"), ("bias_activation", "gelu"),
     ("linear", "everything"), ("linear_w4a16", "zeros"), ("linear_w8a16", "everything"), ("linear_fp8", "everything"),
     ("linear_w8a8", "many_everything"), ("append_kv", "odd"), ("rotary_append", "qwen3_paged_fp8"), ("attention", "everything"),
-    ("attention_varlen", "causal"), ("decode_attention", "paged_new"), ("sample", "mixed"),
+    ("attention_varlen", "causal"), ("attention_fp8", "causal"), ("decode_attention", "paged_new"), ("sample", "mixed"),
 )
 
 

@@ -15,7 +15,7 @@ ONE_OF_EACH_HANDLE = (
     ("gated_activation", "silu"), ("bias_activation", "gelu"), ("linear", "everything"), ("linear_w4a16", "zeros"),
     ("linear_w8a16", "everything"), ("linear_fp8", "everything"), ("linear_w8a8", "everything"),
     ("append_kv", "prefill"), ("rotary_append", "qwen3"),
-    ("attention", "everything"), ("attention_varlen", "causal"), ("decode_attention", "paged_new"),
+    ("attention", "everything"), ("attention_varlen", "causal"), ("attention_fp8", "causal"), ("decode_attention", "paged_new"),
     ("sample", "mixed"),
 )
 
