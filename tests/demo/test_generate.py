@@ -93,9 +93,10 @@ def test_errors_name_the_argument_and_the_remedy(flags, words, capsys):
 
 
 def start(**environment: str) -> subprocess.Popen:
+    """As a shell starts it in the foreground: whoever runs the tests in the background has signals of the keyboard ignored."""
     command = (sys.executable, "-m", "ftops", "generate", "--device", "cpu", "--prompt", "# Größe ☃\nimport", "--max-new-tokens", "900")
     return subprocess.Popen(command, cwd=Path(__file__).parents[2], env=os.environ | environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+                            stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 @pytest.mark.slow
