@@ -50,13 +50,13 @@ def _cuda() -> Callable[..., Any]:
     return linear
 
 
-def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
-          residual: torch.Tensor | None) -> torch.Tensor:
+def fake(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    """Of any linear op whose weights [N, ...] come second."""
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
 LINEAR = register("linear(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
-                  cpu=library, cuda=_cuda, fake=_fake)
+                  cpu=library, cuda=_cuda, fake=fake)
 _linear = straight(LINEAR)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
-from ftops.ops.linear import check_beside_weight, followed, library
+from ftops.op import Case, register, straight
+from ftops.ops.linear import fake, followed, library
 from ftops.ops.linear import reference as linear_reference
-from ftops.packing import described
+from ftops.ops.linear_w8a16 import check_8bit
 from ftops.samples import randn
 
 MAX_ROWS = 64  # of x that the kernel is for
@@ -56,13 +56,8 @@ def _cuda() -> Callable[..., Any]:
     return linear
 
 
-def _fake(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
-          residual: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device)
-
-
 LINEAR_FP8 = register("linear_fp8(Tensor x, Tensor values, Tensor scales, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
-                      cpu=_library, cuda=_cuda, fake=_fake)
+                      cpu=_library, cuda=_cuda, fake=fake)
 _linear_fp8 = straight(LINEAR_FP8)
 
 
@@ -74,15 +69,7 @@ def linear_fp8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias
     values may have more columns than x, to the next multiple of 16, which are zeros. More than 64 rows of x are rounded to e4m3 on
     GPUs that multiply it. Raises ValueError.
     """
-    check_tensors("linear_fp8", x=x, bias=bias, residual=residual)
-    check_beside("linear_fp8", x.device, values=values, scales=scales)
-    if values.dtype is not FP8 or values.dim() != 2:
-        raise invalid("linear_fp8", "values", described(values), "float8_e4m3fn [N, K]")
-    N, width = values.shape
-    if scales.dtype is not torch.float32 or scales.shape != (N,) or not scales.is_contiguous():
-        raise invalid("linear_fp8", "scales", described(scales), f"contiguous float32 ({N},)")
-    K = x.shape[-1] if x.dim() else 0
-    check_beside_weight("linear_fp8", x, N, K if 0 <= width - K < 16 else width, bias, activation, residual)
+    check_8bit("linear_fp8", FP8, x, values, scales, bias, activation, residual)
     return _linear_fp8(x, values, scales, bias, activation, residual)
 
 

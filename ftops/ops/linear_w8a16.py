@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
-from ftops.ops.linear import check_beside_weight, followed, library
+from ftops.ops.linear import check_beside_weight, fake, followed, library
 from ftops.ops.linear import reference as linear_reference
 from ftops.packing import described
 from ftops.samples import randn
@@ -61,14 +61,23 @@ def _cuda() -> Callable[..., Any]:
     return linear
 
 
-def _fake(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
-          residual: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device)
-
-
 LINEAR_W8A16 = register("linear_w8a16(Tensor x, Tensor values, Tensor scales, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
-                        cpu=_cpu, cuda=_cuda, fake=_fake)
+                        cpu=_cpu, cuda=_cuda, fake=fake)
 _linear_w8a16 = straight(LINEAR_W8A16)
+
+
+def check_8bit(op: str, kind: torch.dtype, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
+               activation: str | None, residual: torch.Tensor | None) -> None:
+    """What a linear op is given whose weights are values[N, K] of `kind`, one scale a row."""
+    check_tensors(op, x=x, bias=bias, residual=residual)
+    check_beside(op, x.device, values=values, scales=scales)
+    if values.dtype is not kind or values.dim() != 2:
+        raise invalid(op, "values", described(values), f"{str(kind).removeprefix('torch.')} [N, K]")
+    N, width = values.shape
+    if scales.dtype is not torch.float32 or scales.shape != (N,) or not scales.is_contiguous():
+        raise invalid(op, "scales", described(scales), f"contiguous float32 ({N},)")
+    K = x.shape[-1] if x.dim() else 0
+    check_beside_weight(op, x, N, K if 0 <= width - K < 16 else width, bias, activation, residual)
 
 
 def linear_w8a16(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None, *,
@@ -79,15 +88,7 @@ def linear_w8a16(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bi
     more columns than x, to the next multiple of 16, which are zeros: the kernel for few rows of x takes whole accesses alone.
     Raises ValueError.
     """
-    check_tensors("linear_w8a16", x=x, bias=bias, residual=residual)
-    check_beside("linear_w8a16", x.device, values=values, scales=scales)
-    if values.dtype is not torch.int8 or values.dim() != 2:
-        raise invalid("linear_w8a16", "values", described(values), "int8 [N, K]")
-    N, width = values.shape
-    if scales.dtype is not torch.float32 or scales.shape != (N,) or not scales.is_contiguous():
-        raise invalid("linear_w8a16", "scales", described(scales), f"contiguous float32 ({N},)")
-    K = x.shape[-1] if x.dim() else 0
-    check_beside_weight("linear_w8a16", x, N, K if 0 <= width - K < 16 else width, bias, activation, residual)
+    check_8bit("linear_w8a16", torch.int8, x, values, scales, bias, activation, residual)
     return _linear_w8a16(x, values, scales, bias, activation, residual)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
-from ftops.ops.linear import check_beside_weight
-from ftops.ops.linear_w8a16 import LINEAR_W8A16, MAX_ROWS
+from ftops.op import Case, check_beside, invalid, register, straight
+from ftops.ops.linear import fake
+from ftops.ops.linear_w8a16 import LINEAR_W8A16, MAX_ROWS, check_8bit
 from ftops.ops.linear_w8a16 import reference as w8a16_reference
 from ftops.packing import described
 from ftops.samples import randn
@@ -48,13 +48,8 @@ def _cuda() -> Callable[..., Any]:
     return linear
 
 
-def _fake(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, bias: torch.Tensor | None,
-          activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device)
-
-
 LINEAR_W8A8 = register("linear_w8a8(Tensor x, Tensor values, Tensor scales, Tensor? smooth, Tensor? bias, str? activation, "
-                       "Tensor? residual) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake)
+                       "Tensor? residual) -> Tensor", cpu=_cpu, cuda=_cuda, fake=fake)
 _linear_w8a8 = straight(LINEAR_W8A8)
 
 
@@ -66,15 +61,9 @@ def linear_w8a8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smo
     than x, to the next multiple of 16, which are zeros. On a GPU more than 64 rows of x, in 16 bits, are rounded to int8, one scale a
     row, if N is a multiple of 16. Raises ValueError.
     """
-    check_tensors("linear_w8a8", x=x, bias=bias, residual=residual)
-    check_beside("linear_w8a8", x.device, values=values, scales=scales, smooth=smooth)
-    if values.dtype is not torch.int8 or values.dim() != 2:
-        raise invalid("linear_w8a8", "values", described(values), "int8 [N, K]")
-    N, width = values.shape
-    if scales.dtype is not torch.float32 or scales.shape != (N,) or not scales.is_contiguous():
-        raise invalid("linear_w8a8", "scales", described(scales), f"contiguous float32 ({N},)")
-    K = x.shape[-1] if x.dim() else 0
-    check_beside_weight("linear_w8a8", x, N, K if 0 <= width - K < 16 else width, bias, activation, residual)
+    check_8bit("linear_w8a8", torch.int8, x, values, scales, bias, activation, residual)
+    check_beside("linear_w8a8", x.device, smooth=smooth)
+    K = x.shape[-1]
     if smooth is not None and (smooth.dtype is not torch.float32 or smooth.shape != (K,) or not smooth.is_contiguous()):
         raise invalid("linear_w8a8", "smooth", described(smooth), f"contiguous float32 ({K},)")
     return _linear_w8a8(x, values, scales, smooth, bias, activation, residual)
