@@ -105,28 +105,21 @@ def make(config: Config) -> Callable:
             x += of_lane(x, lane ^ np.uint32(16 >> i))
         return x
 
-    @cuda.jit(device=True)
-    def largest(x, partial):
-        """Of all threads, given to all."""
-        thread = np.uint32(cuda.threadIdx.x)
-        lane = thread & np.uint32(31)
-        x = largest_of_warp(x, lane)
-        cuda.syncthreads()
-        if lane == 0:
-            partial[thread >> np.uint32(5)] = x
-        cuda.syncthreads()
-        return largest_of_warp(partial[lane], lane)
+    def over_block(of_warp):
+        """of_warp's result over all threads, given to all."""
+        @cuda.jit(device=True)
+        def of_block(x, partial):
+            thread = np.uint32(cuda.threadIdx.x)
+            lane = thread & np.uint32(31)
+            x = of_warp(x, lane)
+            cuda.syncthreads()
+            if lane == 0:
+                partial[thread >> np.uint32(5)] = x
+            cuda.syncthreads()
+            return of_warp(partial[lane], lane)
+        return of_block
 
-    @cuda.jit(device=True)
-    def total(x, partial):
-        thread = np.uint32(cuda.threadIdx.x)
-        lane = thread & np.uint32(31)
-        x = sum_of_warp(x, lane)
-        cuda.syncthreads()
-        if lane == 0:
-            partial[thread >> np.uint32(5)] = x
-        cuda.syncthreads()
-        return sum_of_warp(partial[lane], lane)
+    largest, total = over_block(largest_of_warp), over_block(sum_of_warp)
 
     @cuda.jit(device=True, forceinline=True)
     def packed(score, index):
