@@ -174,6 +174,7 @@ WRONG = [
     ("attention_fp8", {"v": zeros(2, 7, 1, 16, dtype=E4M3)}, ["v.shape", "(2, 7, 1, 16)", "k's, (2, 7, 2, 16)"]),
     ("attention_fp8", {"q": zeros(1, 5, 4, 16, dtype=E4M3)}, ["k.shape", "(2, 7, 2, 16)", "[1, Skv, Hkv, 16]"]),
     ("attention_fp8", {"q": zeros(2, 5, 3, 16, dtype=E4M3), "q_scale": zeros(3)}, ["q's heads", "3", "a multiple of the 2 kv heads"]),
+    ("attention_fp8", {name: zeros(2, 5, 2, 257, dtype=E4M3) for name in "qkv"}, ["head_dim", "257", "1 to 256"]),
     ("attention_fp8", {"k_scale": zeros(4)}, ["k_scale", "(4,)", "float32 (2,)"]),
     ("attention_fp8", {"window": (-2, 0)}, ["window", "(-2, 0)", "-1"]),
     ("decode_attention", {"q": zeros(2, 17, 4, 16)}, ["q.shape", "(2, 17, 4, 16)", "T <= 16", "attention"]),
