@@ -26,16 +26,20 @@ PREFILL = [(4, 16, 16, 4096, 128, True), (1, 32, 8, 16384, 128, True), (4, 16, 1
 BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 DECODE = [(1, 32, 8, 1024, 128, None, BF16), (1, 32, 8, 8192, 128, None, BF16), (1, 32, 8, 131072, 128, None, BF16),
           (16, 32, 8, 4096, 128, None, BF16), (64, 32, 8, 4096, 128, None, BF16), (64, 32, 32, 2048, 128, None, BF16),
-          (16, 16, 16, 2048, 256, None, BF16), (16, 32, 8, 4096, 128, 16, BF16), (64, 32, 8, 4096, 128, 16, BF16),
-          (1, 32, 8, 131072, 128, 16, BF16), (64, 32, 8, 4096, 128, None, INT8), (64, 32, 8, 4096, 128, None, FP8),
-          (64, 32, 8, 4096, 128, 16, FP8)]
+          (16, 16, 16, 2048, 256, None, BF16), (8, 32, 1, 32768, 128, None, BF16), (256, 32, 8, 512, 128, None, BF16),
+          (16, 32, 8, 4096, 64, None, BF16)]
+PAGED = [(batch, 32, 8, context, 128, page_size, BF16) for batch, context in ((1, 8192), (1, 131072), (16, 4096), (64, 4096))
+         for page_size in (16, 64, 256)]
+CACHE_8BIT = [(*shape, page_size, dtype) for shape in ((1, 32, 8, 131072, 128), (16, 32, 8, 4096, 128), (64, 32, 8, 4096, 128),
+                                                       (64, 32, 32, 2048, 128))
+              for page_size, dtype in ((None, INT8), (None, FP8), (16, FP8))]
 PREFILL_FP8 = [(4, 16, 16, 4096, 128, True), (1, 32, 8, 16384, 128, True), (4, 16, 16, 4096, 128, False)]
 # B, longest, H, D: BERT's batch of which about half are padding
 VARLEN = [(32, 384, 12, 64)]
 
 if small_sizes():
     PREFILL = [(1, 4, 4, 128, 64, True), (1, 8, 2, 128, 64, True), (2, 4, 4, 96, 64, False)]
-    DECODE = [(1, 8, 2, 512, 64, None, BF16), (4, 8, 2, 256, 64, None, BF16), (4, 8, 2, 256, 64, 16, BF16), (4, 8, 2, 256, 64, None, INT8)]
+    DECODE, PAGED, CACHE_8BIT = ([(4, 8, 2, 256, 64, page_size, dtype)] for page_size, dtype in ((None, BF16), (16, BF16), (None, INT8)))
     VARLEN = [(4, 64, 4, 64)]
     PREFILL_FP8 = [(1, 4, 2, 128, 128, True)]
 
@@ -140,11 +144,17 @@ def decode(batch: int, heads: int, kv_heads: int, context: int, head_dim: int, p
 
     name = f"{batch},{heads},{kv_heads},{context},{head_dim}" + (f" page {page_size}" if page_size else "")
     name += {INT8: " int8", FP8: " fp8"}.get(dtype, "")
-    plain = page_size is None and dtype is BF16
-    return Problem("decode_attention", name, make,
-                   {OURS: lambda i: ops.decode_attention(i.q, *i.caches, i.lengths, **i.options), **peers(), **(flex() if plain else {})},
-                   expected,
-                   lambda out, i: out[:1], 2 * batch * context * kv_heads * head_dim * dtype.itemsize + 4 * batch * heads * head_dim)
+    sides = {OURS: lambda i: ops.decode_attention(i.q, *i.caches, i.lengths, **i.options)}
+    group = "decode_attention"
+    if dtype is not BF16:
+        group += ", 8-bit cache"
+    elif page_size is not None:
+        group += ", paged"
+    if group != "decode_attention":
+        sides["ftops, contiguous bf16"] = lambda i: ops.decode_attention(i.q, i.k, i.v, i.lengths)
+    return Problem("decode_attention", name, make, {**sides, **peers(), **(flex() if group == "decode_attention" else {})}, expected,
+                   lambda out, i: out[:1], 2 * batch * context * kv_heads * head_dim * dtype.itemsize + 4 * batch * heads * head_dim,
+                   group=group)
 
 
 def _paged(cache: torch.Tensor, table: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -191,4 +201,4 @@ def varlen(batch: int, longest: int, heads: int, head_dim: int) -> Problem:
 
 
 PROBLEMS = [*(prefill(*shape) for shape in PREFILL), *(prefill_fp8(*shape) for shape in PREFILL_FP8),
-            *(varlen(*shape) for shape in VARLEN), *(decode(*shape) for shape in DECODE)]
+            *(varlen(*shape) for shape in VARLEN), *(decode(*shape) for shape in (*DECODE, *PAGED, *CACHE_8BIT))]

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from bench import method
-from bench.record import OURS, Ceilings, Record, commit, figures, machine, save, today
+from bench.record import OURS, Ceilings, Record, commit, figures, save, today
 from bench.render import cell, duration, told
+from ftops.machine import machine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 logging.getLogger("torch.__trace").propagate = False

@@ -23,7 +23,7 @@ class Problem:
 
     expected(inputs) is computed in float32, of that part of the output alone that view(output, inputs) picks, so that it can be paid for.
     bytes that must move and flops that must be done, whoever does it. format_error: what the op's number format may cost, of the largest
-    value.
+    value. group: the heading under which it is shown, if not the op.
     """
 
     op: str
@@ -35,6 +35,7 @@ class Problem:
     bytes: float
     flops: float = 0.0
     format_error: float = 0.0
+    group: str = ""
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name.replace(' ', '_')}"

@@ -3,21 +3,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PACKAGES = ("torch", "transformers", "numba-cuda", "numpy")
 OURS = "ftops"
 SOURCES = ("ftops", "numba_kernels", "integrations", "bench")
 
@@ -66,18 +61,6 @@ def figures(record: dict[str, Any], ceilings: dict[str, float]) -> dict[str, Any
             "ratios": {peer: seconds / ours for peer, seconds in record["seconds"].items() if peer != OURS}}
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on, beside the code."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[:1]
-        extra = {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version()), "driver": driver[0] if driver else "unknown"}
-    else:
-        name, extra = f"CPU {_cpu_name()}", {"threads": str(torch.get_num_threads())}
-    versions = {package: metadata.version(package) for package in PACKAGES if _installed(package)}
-    return {"device": name, "python": platform.python_version(), **versions, **extra}
-
-
 def slug(device_name: str) -> str:
     """"NVIDIA H200" is h200."""
     return re.sub(r"[^a-z0-9]+", "_", device_name.lower().removeprefix("nvidia ")).strip("_")
@@ -118,16 +101,3 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
     except OSError:
         return ""
-
-
-def _installed(package: str) -> bool:
-    try:
-        return bool(metadata.version(package))
-    except metadata.PackageNotFoundError:
-        return False
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
-    return names[0] if names else platform.machine()

@@ -9,7 +9,8 @@ from typing import Any
 from bench.record import OURS, RESULTS, ROOT, figures, slug
 
 DOCS = ROOT / "docs"
-SUITES = {"ops": "Ops", "models": "Whole models", "host": "Host side"}
+SUITES = {"attention": "Attention", "linear": "Linear layers", "ops": "Other ops", "models": "Whole models", "quantised": "Quantised models",
+          "host": "Host side"}
 HEAD = """# Benchmarks
 
 Rendered by `python -m bench.render` from [`bench/results`](../bench/results); nothing here is typed by hand.
@@ -114,19 +115,30 @@ def bars(content: dict[str, Any]) -> list[tuple[str, float, str]]:
 
 
 def plot(content: dict[str, Any], file: Path) -> None:
-    """Bars to the right of 1 are wins over the fastest peer, bars to the left losses."""
+    """Where wins over the fastest peer lie on one side of 1, losses on the other."""
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"svg.hashsalt": "ftops", "svg.fonttype": "none", "font.size": 8})
+    figure = (curves_figure if content["suite"] == "linear" else bars_figure)(plt, content)
+    figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
+    plt.close(figure)
+
+
+def ticks(most: float) -> tuple[list[float], list[str]]:
+    shown = [tick for tick in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10) if tick < 2 * most]
+    return shown, [f"{tick:g} x" for tick in shown]
+
+
+def bars_figure(plt: Any, content: dict[str, Any]) -> Any:
+    """A bar a problem, to the right of 1 where ftops is faster."""
     rows = bars(content)[::-1]
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.19 * len(rows)))
     axes.barh(range(len(rows)), [ratio - 1 for _, ratio, _ in rows], left=1,
               color=["tab:green" if ratio >= 1 else "tab:red" for _, ratio, _ in rows])
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.set_xscale("log")
-    ticks = [tick for tick in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10) if tick < 2 * max(ratio for _, ratio, _ in rows)]
-    axes.set_xticks(ticks, [f"{tick:g} x" for tick in ticks])
+    axes.set_xticks(*ticks(max(ratio for _, ratio, _ in rows)))
     axes.minorticks_off()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -134,8 +146,32 @@ def plot(content: dict[str, Any], file: Path) -> None:
     for place, (_, ratio, peer) in enumerate(rows):
         axes.annotate(f" {ratio:.2f} x {peer}", (max(ratio, 1), place), va="center", fontsize=6)
     axes.set_xlim(right=max(axes.get_xlim()[1] * 1.6, 3))  # room for the labels
-    figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
-    plt.close(figure)
+    return figure
+
+
+def curves_figure(plt: Any, content: dict[str, Any]) -> Any:
+    """A panel an op, a line a shape of weights, over the number of rows; above 1 where ftops is faster."""
+    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for name, ratio, _ in bars(content):
+        op, shape, rows = name.replace(":", "").split()
+        lines.setdefault(op, {}).setdefault(shape, []).append((int(rows), ratio))
+    figure, panels = plt.subplots(len(lines), 1, figsize=(8, 2.2 * len(lines)), sharex=True, squeeze=False)
+    for (op, shapes), axes in zip(lines.items(), panels[:, 0], strict=True):
+        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+        for shape, points in shapes.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, linewidth=1, label=shape)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        counts = sorted({rows for points in shapes.values() for rows, _ in points})
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_yticks(*ticks(max(ratio for points in shapes.values() for _, ratio in points)))
+        axes.minorticks_off()
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_ylabel(op)
+    panels[-1, 0].set_xlabel("rows")
+    panels[0, 0].legend(title="weights, N x K", fontsize=6, ncols=2)
+    panels[0, 0].set_title(f"{content['machine']['device']}: time of the fastest peer over that of ftops (above 1: ftops is faster)", fontsize=8)
+    return figure
 
 
 def main(results: Path = RESULTS, docs: Path = DOCS) -> None:

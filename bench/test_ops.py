@@ -13,20 +13,22 @@ from bench.problem import DTYPE, Problem, from_cases, nbytes
 from bench.record import OURS, Record
 from ftops.ops import OPS
 
-PROBLEMS = [*attention_problems.PROBLEMS, *linear_problems.PROBLEMS, *row_problems.PROBLEMS]
-PROBLEMS += [from_cases(op) for op in OPS if op not in {problem.op for problem in PROBLEMS}]
+SUITES = {"attention": attention_problems.PROBLEMS, "linear": linear_problems.PROBLEMS, "ops": row_problems.PROBLEMS}
+MEASURED = {problem.op for problems in SUITES.values() for problem in problems}
+SUITES["ops"] = [*SUITES["ops"], *(from_cases(op) for op in OPS if op not in MEASURED)]
+PROBLEMS = [(suite, problem) for suite, problems in SUITES.items() for problem in problems]
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize(("suite", "problem"), PROBLEMS, ids=[f"{suite}-{problem}" for suite, problem in PROBLEMS])
 @torch.inference_mode()
-def test_op(problem: Problem, measure: Callable[..., Record], device: torch.device) -> None:
+def test_op(suite: str, problem: Problem, measure: Callable[..., Record], device: torch.device) -> None:
     inputs = [problem.make(device)]
     copies = copies_for(problem.bytes, nbytes(inputs[0])) if device.type == "cuda" else 1
     inputs += [problem.make(device) for _ in range(copies - 1)]
     sides = [Side(name, run) for name, run in problem.sides.items()]
     check(problem, sides, inputs[0])
-    measure(Record("ops", problem.op, problem.name, {}, bytes=problem.bytes, flops=problem.flops), sides, inputs)
+    measure(Record(suite, problem.group or problem.op, problem.name, {}, bytes=problem.bytes, flops=problem.flops), sides, inputs)
 
 
 def check(problem: Problem, sides: list[Side], inputs: Any) -> None:

@@ -92,6 +92,16 @@ def test_the_plot_shows_the_fastest_peer(results, tmp_path):
     assert "0.50 x cuDNN" in first.read_text()
 
 
+def test_linear_layers_are_plotted_over_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    records = [Record("linear", f"{op} 64x32", str(rows), {OURS: 1e-6, "torch": 2e-6}) for op in ("linear", "linear_w8a16")
+               for rows in (16, 1)]
+    save(tmp_path, "linear", FACTS, CEILINGS, records)
+    plot(load(tmp_path)["h200"]["linear"], tmp_path / "a.svg")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert all(word in drawn for word in ("linear_w8a16", "64x32", "rows", ">16<"))
+
+
 def test_main_writes_document_and_plots(tmp_path):
     pytest.importorskip("matplotlib")
     save(tmp_path / "results", "ops", FACTS, CEILINGS, [record(cuDNN=15e-6)])
