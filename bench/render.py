@@ -9,8 +9,8 @@ from typing import Any
 from bench.record import OURS, RESULTS, ROOT, figures, slug
 
 DOCS = ROOT / "docs"
-SUITES = {"attention": "Attention", "linear": "Linear layers", "ops": "Other ops", "models": "Whole models", "quantised": "Quantised models",
-          "host": "Host side"}
+SUITES = {"attention": "Attention", "linear": "Linear layers", "ops": "Other ops", "models": "Whole models",
+          "quantised": "Quantised models", "host": "Host side"}
 HEAD = """# Benchmarks
 
 Rendered by `python -m bench.render` from [`bench/results`](../bench/results); nothing here is typed by hand.
@@ -170,7 +170,8 @@ def curves_figure(plt: Any, content: dict[str, Any]) -> Any:
         axes.set_ylabel(op)
     panels[-1, 0].set_xlabel("rows")
     panels[0, 0].legend(title="weights, N x K", fontsize=6, ncols=2)
-    panels[0, 0].set_title(f"{content['machine']['device']}: time of the fastest peer over that of ftops (above 1: ftops is faster)", fontsize=8)
+    panels[0, 0].set_title(
+        f"{content['machine']['device']}: time of the fastest peer over that of ftops (above 1: ftops is faster)", fontsize=8)
     return figure
 
 
