@@ -69,7 +69,10 @@ def build(options: Options, ids: torch.Tensor, counted: torch.Tensor, words: int
 
 
 def penalised(given: Given, logits: torch.Tensor, ids: torch.Tensor, filled: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """logits[B,V] after all rules but the filters; ids[B,C] of which `filled` [1] are there, `drawn` [1] of them drawn."""
+    """logits[B,V] after all rules but the filters; ids[B,C] of which `filled` are there, `drawn` of them drawn, both [1] or [B].
+
+    Of `given`, what holds words or sequences may have a dimension more in front, of one a row, and so may it in `ended`.
+    """
     if not given.keys() & {"bias", "biased", "repetition", "presence", "ngram", "bad", "least"}:
         return logits
     x = logits.float()
@@ -86,7 +89,7 @@ def penalised(given: Given, logits: torch.Tensor, ids: torch.Tensor, filled: tor
     if "bad" in given:
         x = _add_where_completed(x, given, "bad", ids, filled)
     if "least" in given:
-        x = torch.where(drawn < given["least"], x + given["no_eos"], x)
+        x = torch.where(drawn.view(-1, 1) < given["least"], x + given["no_eos"], x)
     return x
 
 
@@ -143,10 +146,10 @@ def _sequences(name: str, sequences: Sequence[Sequence[int]], values: Sequence[f
 
 
 def _completed(sequences: torch.Tensor, ids: torch.Tensor, filled: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
-    """bool [B, N]: the last of ids[:, :filled] are sequences[N, L], all of it among the last `within`."""
-    back = torch.arange(sequences.shape[1], 0, -1, device=ids.device)
-    latest = ids[:, (filled - back).clamp(min=0)]
-    latest = torch.where(back <= within, latest, -2)
+    """bool [B, N]: the last of ids[:, :filled] are sequences[N, L] or [B, N, L], all of it among the last `within`."""
+    back = torch.arange(sequences.shape[-1], 0, -1, device=ids.device)
+    latest = ids.gather(1, (filled.view(-1, 1) - back).clamp(min=0).expand(len(ids), -1))
+    latest = torch.where(back <= within.view(-1, 1), latest, -2)
     return ((latest[:, None] == sequences) | (sequences < 0)).all(-1)
 
 
@@ -156,16 +159,16 @@ def _add_where_completed(x: torch.Tensor, given: Given, name: str, ids: torch.Te
     if f"{name}_words" not in given:
         return x
     words, values = given[f"{name}_words"], given[f"{name}_values"]
-    said = _completed(words[:, :-1], ids, filled, filled)
-    return x.scatter_add(1, words[:, -1].expand(len(x), -1), torch.where(said, values, 0.0))
+    said = _completed(words[..., :-1], ids, filled, filled)
+    return x.scatter_add(1, words[..., -1].expand(len(x), -1), torch.where(said, values, 0.0))
 
 
 def _repeated(given: Given, ids: torch.Tensor, filled: torch.Tensor, words: int) -> torch.Tensor:
     """-inf [B,V] for tokens that would complete an n-gram for the second time, n = ngram[B,1] (0: none)."""
-    n, place = given["ngram"], torch.arange(ids.shape[1], device=ids.device)
+    n, place, filled = given["ngram"], torch.arange(ids.shape[1], device=ids.device), filled.view(-1, 1)
     again = (place < filled) & (place >= n - 1) & (n > 0)
     for back in range(1, len(given["ngram_offsets"]) + 1):
-        same = ids.roll(back, 1) == ids[:, (filled - back).clamp(min=0)]
+        same = ids.roll(back, 1) == ids.gather(1, (filled - back).clamp(min=0).expand(len(ids), 1))
         again = again & (same | (back > n - 1))
     again = again & (filled >= n - 1)
     ban = torch.zeros((len(ids), words), device=ids.device)
