@@ -37,8 +37,8 @@ def patch(model: torch.nn.Module, *, quant: str | Any = None, kv_cache: str | No
     """Swaps the layers of a Hugging Face model for fused ones, in place, and returns the same object.
 
     Parameters are shared, not copied; `state_dict()` keeps its keys and values. Families without a description get their
-    norms and attention swapped. quant: first, what `ftops.quantize` does. `ftops.report(model)` says what was done, and
-    `ftops.unpatch(model)` undoes it.
+    norms and attention swapped. quant: first, what `ftops.quantize` does. kv_cache: "int8" or "fp8", in which a decoder's keys and values
+    are kept while it generates. `ftops.report(model)` says what was done, and `ftops.unpatch(model)` undoes it.
     Raises TypeError or ValueError, before anything is changed, for an argument that cannot be served.
     """
     from ftops.integrations.transformers.patch import patch as implementation

@@ -28,8 +28,8 @@ Freqs = tuple[torch.Tensor, torch.Tensor]
 class Slots:
     """Where a decode step keeps keys and values, instead of Attend: k, v [B,S,Hkv,D] at fixed addresses.
 
-    places[B,T] int32: the slots of the T new tokens. lengths[B] int32: how many are filled then. bias and page_table, with pages
-    [P,page_size,Hkv,D] in place of rows, as in `ops.decode_attention`.
+    places[B,T] int32: the slots of the T new tokens. lengths[B] int32: how many are filled then. bias, page_table, with pages
+    [P,page_size,Hkv,D] in place of rows, and the scales of an 8-bit cache as in `ops.decode_attention`.
     """
 
     k: torch.Tensor
@@ -38,6 +38,8 @@ class Slots:
     lengths: torch.Tensor
     bias: torch.Tensor | None = None
     page_table: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,16 +134,15 @@ class Block:
                 freqs: Freqs | None) -> torch.Tensor:
         """Attention of new tokens over all that is kept: norms, rotary and what is kept of k and v are one kernel."""
         spec, w = self.spec, self.weights
+        kept = {"page_table": slots.page_table, "k_scale": slots.k_scale, "v_scale": slots.v_scale}
         if spec.rotary is not None and (w.q_norm is None or spec.norm == "rms"):
             q_norm, k_norm = (None if norm is None else norm.weight for norm in (w.q_norm, w.k_norm))
             q = ops.rotary_append(q, k, v, slots.k, slots.v, slots.places, freqs, rotary_positions=positions, q_norm=q_norm, k_norm=k_norm,
-                                  eps=spec.eps, interleaved=spec.rotary == "interleaved", rotary_dim=spec.rotary_dim,
-                                  page_table=slots.page_table)
+                                  eps=spec.eps, interleaved=spec.rotary == "interleaved", rotary_dim=spec.rotary_dim, **kept)
         else:
             q, k = self._rotated(q, k, positions, freqs)
-            ops.append_kv(k, v, slots.k, slots.v, slots.places, page_table=slots.page_table)
-        return ops.decode_attention(q, slots.k, slots.v, slots.lengths, page_table=slots.page_table, scale=spec.scale, window=spec.window,
-                                    bias=slots.bias)
+            ops.append_kv(k, v, slots.k, slots.v, slots.places, **kept)
+        return ops.decode_attention(q, slots.k, slots.v, slots.lengths, scale=spec.scale, window=spec.window, bias=slots.bias, **kept)
 
     def _rotated(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None,
                  freqs: Freqs | None) -> tuple[torch.Tensor, torch.Tensor]:

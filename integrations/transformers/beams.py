@@ -9,7 +9,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from ftops.integrations.transformers.cache import PagedLayer
-from ftops.integrations.transformers.decoder import CausalDecoder
+from ftops.integrations.transformers.decoder import CausalDecoder, cache_dtype, narrow
 from ftops.integrations.transformers.layer import FusedLayer
 
 PAGE = 16  # tokens
@@ -24,12 +24,12 @@ class BeamCausalDecoder(CausalDecoder):
         self._beams, shape = beams, (len(specs), 2, batch, capacity // PAGE, PAGE, specs[0].kv_heads, specs[0].head_dim)
         with torch.inference_mode(False):
             # Zeros: what lies behind the end of a row is hidden by a weight of 0, and 0 times what memory may hold could be NaN.
-            self._pages = torch.zeros(shape, dtype=model.dtype, device=model.device)
+            self._pages = torch.zeros(shape, dtype=cache_dtype(model) or model.dtype, device=model.device)
             self._own = torch.arange(batch * shape[3], dtype=torch.int32, device=model.device).view(batch, -1)
             self._table, self._columns = self._own.clone(), torch.arange(shape[3], device=model.device)
             self._first = torch.arange(batch, device=model.device) // beams * beams
         self._cache = Cache(layers=[PagedLayer(*(self._pages[layer, part].flatten(0, 1) for part in (0, 1)), self._table, self._places,
-                                               self._lengths, beams) for layer in range(len(specs))])
+                                               self._lengths, beams, narrow(model)) for layer in range(len(specs))])
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
         """Reads each request's prompt once: ids[B K,S] has K equal rows."""

@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ftops.generation import Session
-from ftops.integrations.transformers.cache import FixedLayer
+from ftops.integrations.transformers.cache import FixedLayer, Narrow
 from ftops.integrations.transformers.layer import FusedLayer
 
 _SESSIONS: weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[tuple, Session]]] = weakref.WeakKeyDictionary()
@@ -25,8 +25,8 @@ class CausalDecoder:
     def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
         self._model, config = weakref.ref(model), model.config.get_text_config(decoder=True)
         self.device, self.words, self.config = model.device, config.vocab_size, config
-        self._fixed = fixed(model)
-        self.capturable = self._fixed and model.device.type == "cuda"
+        self._fixed = fixed(model) or cache_dtype(model) is not None
+        self.capturable = fixed(model) and model.device.type == "cuda"
         with torch.inference_mode(False):
             self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
             self._mask = torch.ones((batch, capacity), dtype=torch.int64, device=model.device)
@@ -35,7 +35,11 @@ class CausalDecoder:
             self._lengths = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self._padded, self._length, self._cache = False, 0, None
         if self._fixed:
-            self._cache = Cache(layers=[FixedLayer(capacity, self._places, self._lengths) for _ in range(config.num_hidden_layers)])
+            self._cache = self._fixed_cache(capacity)
+
+    def _fixed_cache(self, capacity: int) -> Cache:
+        return Cache(layers=[FixedLayer(capacity, self._places, self._lengths, narrow(self._model()))
+                             for _ in range(self.config.num_hidden_layers)])
 
     def _begin(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
         """Takes down where the padding is and which positions come next; the positions [B,S] of the prompt."""
@@ -74,6 +78,16 @@ class CausalDecoder:
         self._positions.add_(1)
         return logits
 
+    def copied(self, length: int) -> DynamicCache:
+        """Keys and values of the first `length` tokens as a cache for the caller. One that grows is his own from now on."""
+        cache = DynamicCache(config=self.config) if self._fixed else self._cache
+        for index, layer in enumerate(self._cache.layers):
+            if self._fixed:
+                cache.update(*layer.first(length, self._model().dtype), index)
+            else:
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # no inference tensors, which bar gradients
+        return cache
+
     def shape(self) -> tuple[object, ...]:
         return (self._padded,)
 
@@ -99,7 +113,7 @@ class SeveralDecoder(CausalDecoder):
         with torch.inference_mode(False):
             self._places = torch.zeros((batch, several), dtype=torch.int32, device=self.device)
             self._ahead = torch.arange(several, dtype=torch.int32, device=self.device)
-        self._cache = Cache(layers=[FixedLayer(capacity, self._places, self._lengths) for _ in range(self.config.num_hidden_layers)])
+        self._cache = self._fixed_cache(capacity)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         self._places.copy_(self._lengths[:, None] + self._ahead)
@@ -110,6 +124,16 @@ class SeveralDecoder(CausalDecoder):
     def keep(self, counts: torch.Tensor) -> None:
         self._lengths.add_(counts - len(self._ahead))
         self._positions.add_(counts[:, None])
+
+
+def cache_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """That of patch(kv_cache=), or None for the model's own."""
+    return model.__dict__.get("_ftops_kv_cache")
+
+
+def narrow(model: PreTrainedModel) -> Narrow | None:
+    dtype = cache_dtype(model)
+    return None if dtype is None else Narrow(dtype)
 
 
 def fixed(model: PreTrainedModel) -> bool:
@@ -133,6 +157,8 @@ def unfit(model: object) -> str | None:
     unserved = next((layer._ftops.reason for layer in layers if layer._ftops.block is None), None)
     if unserved is not None:
         return f"a layer is not served: {unserved}"
+    if cache_dtype(model) is not None and len({layer._ftops.device for layer in layers}) > 1:
+        return "an 8-bit cache (kv_cache) of a model that is spread over devices"
     return None if all(layer._ftops.block.spec.causal for layer in layers) else "its attention is not causal"
 
 
@@ -147,8 +173,8 @@ def session(model: PreTrainedModel, batch: int, length: int, make: Make = _plain
     make: how a new one is made, by which those of one `kind` are. One whose cache takes more than KEPT of the memory is not kept.
     """
     # What a graph has taken for granted: addresses of weights, layers as they are, and nobody's hooks, which a replay would not call.
-    now = (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), fixed(model), model.training, model.dtype, kind,
-           *(module._ftops.disturbed() for module in model.modules() if isinstance(module, FusedLayer)))
+    now = (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), fixed(model), model.training, model.dtype,
+           cache_dtype(model), kind, *(module._ftops.disturbed() for module in model.modules() if isinstance(module, FusedLayer)))
     kept = _SESSIONS.pop(model, [])
     found = next((one for seen, one in kept
                   if seen == now and one.batch == batch and length <= one.capacity <= max(2 * length, STEP)), None)

@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ftops.integrations.transformers.arch import Arch, Unfit
 from ftops.integrations.transformers.archs import ARCHS
 from ftops.integrations.transformers.attention import ROWS, WHOLE, AttentionState, register
+from ftops.integrations.transformers.decoder import forget
 from ftops.integrations.transformers.generate import Generating, restore_generate, swap_generate
 from ftops.integrations.transformers.layer import FusedLayer, examine, restore_layer, swap_layer
 from ftops.integrations.transformers.leaves import FusedNorm, NormState, examine_norm, is_norm, restore_norm, swap_norm
@@ -28,6 +30,7 @@ from ftops.quant.module import Quantized, QuantizedLinear
 from ftops.report import Report, Row
 
 _LOG = logging.getLogger("ftops")
+CACHES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what kv_cache may be
 REGISTRY = "ops.attention, through transformers' registry"
 
 
@@ -65,11 +68,16 @@ class Plan:
 def patch(model: nn.Module, *, quant: str | QuantConfig | None = None, kv_cache: str | None = None, tp: int | None = None,
           pp: int | None = None) -> nn.Module:
     """See `ftops.patch`."""
-    _check(model, kv_cache=kv_cache, tp=tp, pp=pp)
+    _check(model, tp=tp, pp=pp)
+    _check_kv_cache(model, kv_cache)
     if quant is not None:
         quantize(model, quant)
     register()
     apply(model, plan(model))
+    forget(model)
+    model.__dict__.pop("_ftops_kv_cache", None)
+    if kv_cache is not None:
+        model._ftops_kv_cache = CACHES[kv_cache]
     return model
 
 
@@ -90,6 +98,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             restore_generate(module)
         module.__dict__.pop("_ftops_attention", None)
         module.__dict__.pop("_ftops_plan", None)
+        module.__dict__.pop("_ftops_kv_cache", None)
         before = module.__dict__.pop("_ftops_before", None)
         if before is not None:
             module.config._attn_implementation_internal = before
@@ -145,7 +154,7 @@ def _check_model(function: str, model: object) -> None:
 def _check(model: object, **options: object) -> None:
     """Everything that can be wrong with a call of patch, before anything is changed."""
     _check_model("patch", model)
-    meaning = {"kv_cache": "an 8-bit cache", "tp": "tensor parallelism", "pp": "pipeline parallelism"}
+    meaning = {"tp": "tensor parallelism", "pp": "pipeline parallelism"}
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"patch: {name} is {value!r}; allowed: None ({meaning[name]} is not in this version)")
@@ -154,6 +163,18 @@ def _check(model: object, **options: object) -> None:
         if parameter.is_meta and not path.startswith(away):
             raise ValueError(f"patch: parameter {path} is on the meta device and has no values; "
                              "load the weights first (from_pretrained, or to_empty and load_state_dict), then patch")
+
+
+def _check_kv_cache(model: nn.Module, kv_cache: str | None) -> None:
+    if kv_cache is None:
+        return
+    if kv_cache not in CACHES:
+        raise ValueError(f"patch: kv_cache is {kv_cache!r}; allowed: None, {', '.join(map(repr, CACHES))}")
+    if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(f"patch: kv_cache is {kv_cache!r} but {type(model).__name__} does not generate; leave it out")
+    if not any(isinstance(module, FusedLayer) for module in model.modules()) and plan(model).family is None:
+        raise ValueError(f"patch: kv_cache is {kv_cache!r} but no layer of {type(model).__name__} becomes an ftops block, which is what "
+                         "keeps keys and values in 8 bits; leave it out")
 
 
 def plan(model: nn.Module) -> Plan:
