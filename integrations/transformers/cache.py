@@ -25,6 +25,10 @@ def unfit_cache(cache: object, index: int) -> str | None:
     return None
 
 
+ROOM = {torch.int8: (1.5, 127), torch.float8_e4m3fn: (8.0, 448)}  # and the dtype's largest number
+FEW, ROOM_OF_FEW = 4, 4.0  # tokens of a prompt
+
+
 class Narrow:
     """How a cache of 8 bits holds keys and values: in `dtype`, times k_scale and v_scale[Hkv] float32.
 
@@ -33,16 +37,13 @@ class Narrow:
     a few words says little about what follows it (1 token: KL divergence of a step's distribution 0.14 with a room of 1.5, 0.014 with 4).
     """
 
-    ROOM = {torch.int8: (1.5, 127), torch.float8_e4m3fn: (8.0, 448)}  # and the dtype's largest
-    FEW, ROOM_OF_FEW = 4, 4.0  # tokens
-
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.k_scale, self.v_scale = dtype, None, None
 
     def measure(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Takes scales from k, v [B,Hkv,S,D], to where the last ones were."""
-        room, largest = self.ROOM[self.dtype]
-        room = max(room, self.ROOM_OF_FEW) if k.shape[2] < self.FEW else room
+        room, largest = ROOM[self.dtype]
+        room = max(room, ROOM_OF_FEW) if k.shape[2] < FEW else room
         found = [t.float().abs().amax((0, 2, 3)).clamp(min=1e-6) * (room / largest) for t in (k, v)]
         if self.k_scale is None:
             self.k_scale, self.v_scale = found
