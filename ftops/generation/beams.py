@@ -35,6 +35,16 @@ class BeamOptions:
     early_stopping: bool | Literal["never"] = False
 
 
+@dataclass(frozen=True)
+class Beams:
+    """The best sequences of each request, [requests count, prompt + N] int64, best first; scores [requests count]: their log-probability
+    over length ** length_penalty; parents [requests count, N] int32: the row that each token continued, -1 behind the end."""
+
+    sequences: torch.Tensor
+    scores: torch.Tensor
+    parents: torch.Tensor
+
+
 class BeamSession(Session):
     """The state of one batch of requests, `batch` being all their beams. `news` says at every step whether all have their answers."""
 
@@ -48,6 +58,9 @@ class BeamSession(Session):
             self._score = torch.zeros((requests, beams), device=device)
             self._best, self._best_score = self.ids.view(requests, beams, capacity).clone(), self._score.clone()
             self._best_length = torch.zeros((requests, beams), dtype=torch.int64, device=device)
+            self._best_parent = self._best_length.clone()
+            self._parents = torch.zeros((capacity, batch), dtype=torch.int64, device=device)
+            self._rows = torch.arange(batch, device=device).view(requests, beams)
             self._full = torch.zeros((requests, beams), dtype=torch.bool, device=device)
             self._hopeful = torch.ones((requests, 1), dtype=torch.bool, device=device)
             self._done = torch.zeros(1, dtype=torch.bool, device=device)
@@ -72,14 +85,13 @@ class BeamSession(Session):
             self._fill.fill_(token)
 
     @torch.inference_mode()
-    def choose(self, given: Given, logits: torch.Tensor, logprobs: bool) -> None:
-        """Continues the beams by logits[B K, V]."""
+    def choose(self, given: Given, logits: torch.Tensor, logprobs: bool) -> torch.Tensor:
+        """Continues the beams by logits[B K, V]. Returns the log-probabilities [B K, V] of each token after all rules."""
         requests, beams = self._score.shape
         words, eos = logits.shape[1], given.get("eos")
         scores = rules.penalised(given, torch.log_softmax(logits.float(), -1), self.ids, self.filled, self.drawn)
-        scores = (scores.view(requests, beams, words) + self._score[..., None]).flatten(1)
         keep = max(2, 1 + (0 if eos is None else len(eos))) * beams
-        score, index = torch.topk(scores, keep)
+        score, index = torch.topk((scores.view(requests, beams, words) + self._score[..., None]).flatten(1), keep)
         parent, token = index // words, index % words
         candidates = _of(self.ids.view(requests, beams, -1), parent).index_copy(2, self.filled, token[..., None])
         made = self.drawn + 1
@@ -89,13 +101,15 @@ class BeamSession(Session):
 
         running_score = score + ends.float() * LOST
         onward = torch.topk(running_score, beams)[1]
-        self._finish(score, candidates, ends, made)
+        parents = parent + self._rows[:, :1]
+        self._finish(score, candidates, parents, ends, made)
         self._score.copy_(_of(running_score, onward))
-        self._go_on(given, _of(parent, onward), _of(token, onward), _of(candidates, onward))
+        self._go_on(given, _of(parents, onward).flatten(), _of(token, onward), _of(candidates, onward))
         self._decide(given, ends)
         self.news.copy_(torch.stack((self.tokens[:, 0], self.ended.long())))
+        return scores
 
-    def _finish(self, score: torch.Tensor, candidates: torch.Tensor, ends: torch.Tensor, made: torch.Tensor) -> None:
+    def _finish(self, score: torch.Tensor, candidates: torch.Tensor, parents: torch.Tensor, ends: torch.Tensor, made: torch.Tensor) -> None:
         """The best K of the sequences that had ended and of those that end now, among the first K continuations."""
         options = self.options
         beams = options.beams
@@ -108,12 +122,12 @@ class BeamSession(Session):
         order = torch.topk(merged, beams)[1]
         lengths = torch.cat((self._best_length, made.expand_as(score)), 1)
         for state, both in ((self._best, torch.cat((self._best, candidates), 1)), (self._best_score, merged), (self._best_length, lengths),
+                            (self._best_parent, torch.cat((self._best_parent, parents), 1)),
                             (self._full, torch.cat((self._full, ends), 1))):
             state.copy_(torch.where(self._done, state, _of(both, order)))
 
-    def _go_on(self, given: Given, parent: torch.Tensor, token: torch.Tensor, sequences: torch.Tensor) -> None:
-        rows = torch.arange(len(parent), device=parent.device)[:, None] * parent.shape[1]
-        parents = (parent + rows).flatten()
+    def _go_on(self, given: Given, parents: torch.Tensor, token: torch.Tensor, sequences: torch.Tensor) -> None:
+        self._parents.index_copy_(0, self.drawn, parents[None])
         self.ids.copy_(sequences.view_as(self.ids))
         self.tokens.copy_(token.view(-1, 1))
         self.filled.add_(1)
@@ -137,12 +151,17 @@ class BeamSession(Session):
         self._done.logical_or_(over)
         self.ended.copy_(self._done.expand_as(self.ended))
 
-    def best(self, prompt: int, count: int) -> torch.Tensor:
-        """The `count` best sequences of each request, [requests count, prompt + N], best first."""
+    def best(self, prompt: int, count: int) -> Beams:
+        """The `count` best sequences of each request."""
         with torch.inference_mode():
-            length = int(self._best_length[:, :count].max())
-            found = self._best[:, :count, : prompt + length].flatten(0, 1)
-        return found.clone()
+            length = self._best_length[:, :count].flatten()
+            longest = int(length.max())
+            rows, parents = self._best_parent[:, :count].flatten(), []
+            for step in reversed(range(longest)):
+                parents.insert(0, torch.where(step < length, rows, -1))
+                rows = torch.where(step < length, self._parents[step - 1, rows], rows)
+            found = self._best[:, :count, : prompt + longest].flatten(0, 1), self._best_score[:, :count].flatten(), torch.stack(parents, 1)
+        return Beams(found[0].clone(), found[1].clone(), found[2].int())
 
 
 def _of(x: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:

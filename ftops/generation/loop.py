@@ -19,7 +19,8 @@ class Generated:
     """What a call made. sequences[B, S + N] int64: prompt and answer; lengths[B]: tokens of each answer, its end token counted.
 
     logprobs[B,N] float32: of each token of the answer under the model's own distribution, 0 behind the end; cumulative_logprobs[B]: their
-    sums. logits[B,N,V]: the model's, before any option. None where not asked for.
+    sums. logits[B,N,V]: the model's, before any option; scores[B,N,V]: after all of them but temperature and filters. None where not asked
+    for.
     """
 
     sequences: torch.Tensor
@@ -27,6 +28,7 @@ class Generated:
     logprobs: torch.Tensor | None = None
     cumulative_logprobs: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
 
 
 class Loop:
@@ -38,9 +40,9 @@ class Loop:
 
     def __init__(self, session: Session, options: Options, ids: torch.Tensor, mask: torch.Tensor | None = None,
                  positions: torch.Tensor | None = None, counted: torch.Tensor | None = None, *, logprobs: bool = False,
-                 logits: bool = False) -> None:
+                 logits: bool = False, scores: bool = False) -> None:
         self._session, self._options, self._ids, self._mask, self._positions = session, options, ids, mask, positions
-        self._logprobs, self._logits = logprobs, [] if logits else None
+        self._logprobs, self._logits, self._scores = logprobs, [] if logits else None, [] if scores else None
         self._counted = counted if counted is not None else torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         self.ended = torch.zeros(len(ids), dtype=torch.bool)
         self.lengths = torch.zeros(len(ids), dtype=torch.int64)
@@ -69,8 +71,9 @@ class Loop:
                 logits = session.forward()
             if self._logits is not None:
                 self._logits.append(logits.float().clone())
-            if not count or graph is None or attentive:
-                self._choose(given, logits)
+            scores = self._choose(given, logits) if not count or graph is None or attentive else graph.scores
+            if self._scores is not None:
+                self._scores.append(scores.float().clone())
             reader.send()
             if graph is None and count == 1 and session.decoder.capturable and self._limit > 2:
                 graph = session.capture(given, self._logprobs, not attentive)
@@ -94,16 +97,16 @@ class Loop:
         sequences = torch.cat((self._ids, answer), 1)
         logprobs = None if logprobs is None else logprobs.clone()
         return Generated(sequences, self.lengths.clone(), logprobs, None if logprobs is None else logprobs.sum(-1),
-                         None if self._logits is None else torch.stack(self._logits[:made], 1))
+                         *(None if steps is None else torch.stack(steps[:made], 1) for steps in (self._logits, self._scores)))
 
-    def _choose(self, given: rules.Given, logits: torch.Tensor) -> None:
+    def _choose(self, given: rules.Given, logits: torch.Tensor) -> torch.Tensor:
         session, options = self._session, self._options
         if options.processors:
             seen, logits = self._seen(), logits.to(torch.float32, copy=True)
             with torch.no_grad():
                 for process in options.processors:
                     logits = process(seen, logits)
-        session.choose(given, logits, self._logprobs)
+        return session.choose(given, logits, self._logprobs)
 
     def _seen(self) -> torch.Tensor:
         """Prompt and answer so far, [B,S]; a copy, and no inference tensor."""

@@ -33,6 +33,7 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     given: Given
     logits: torch.Tensor
+    scores: torch.Tensor | None
 
 
 class Session:
@@ -63,9 +64,10 @@ class Session:
         return self.decoder.prefill(ids, mask, positions)
 
     @torch.inference_mode()
-    def choose(self, given: Given, logits: torch.Tensor, logprobs: bool) -> None:
-        """Draws a token from logits[B,V] for each row and writes down what follows from it."""
-        tokens = rules.draw(given, rules.penalised(given, logits, self.ids, self.filled, self.drawn), self.drawn)
+    def choose(self, given: Given, logits: torch.Tensor, logprobs: bool) -> torch.Tensor:
+        """Draws a token from logits[B,V] for each row and writes down what follows from it. Returns the scores [B,V] it was drawn by."""
+        scores = rules.penalised(given, logits, self.ids, self.filled, self.drawn)
+        tokens = rules.draw(given, scores, self.drawn)
         if logprobs:
             self.logprobs.index_copy_(1, self.drawn, torch.log_softmax(logits.float(), -1).gather(1, tokens[:, None]))
         if "pad" in given:
@@ -77,6 +79,7 @@ class Session:
         rules.remember(given, tokens)
         self.ended.logical_or_(rules.ended(given, tokens, self.ids, self.filled, self.drawn))
         self.news.copy_(torch.stack((tokens, self.ended.long())))
+        return scores
 
     @torch.inference_mode()
     def forward(self) -> torch.Tensor:
@@ -106,9 +109,8 @@ class Session:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.decoder.device), torch.cuda.graph(graph):
             logits = self.forward()
-            if whole:
-                self.choose(given, logits, logprobs)
-        self._captured[self._key(given, logprobs, whole)] = captured = Captured(graph, given, logits)
+            scores = self.choose(given, logits, logprobs) if whole else None
+        self._captured[self._key(given, logprobs, whole)] = captured = Captured(graph, given, logits, scores)
         return captured
 
     def _key(self, given: Given, logprobs: bool, whole: bool) -> tuple:

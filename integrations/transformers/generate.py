@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation import logits_process as processors_of
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from ftops.generation import BeamOptions, BeamSession, Generated, LookupLoop, LookupSession, Loop, Options, Stream, rules
 from ftops.generation.lookup import MOST, SERVED
@@ -20,6 +19,7 @@ from ftops.generation.options import parse
 from ftops.integrations.transformers.beams import BeamCausalDecoder
 from ftops.integrations.transformers.decoder import SeveralDecoder, fixed, forget, session, unfit
 from ftops.integrations.transformers.swap import Swapped, change_class, original_class, swapped_class
+from ftops.integrations.transformers.translate import counted, translated, unserved
 
 _LOG = logging.getLogger("ftops")
 _SAID: set[str] = set()
@@ -100,33 +100,37 @@ class Generating(Swapped):
 
     def _sample(self, input_ids: torch.Tensor, logits_processor: list, stopping_criteria: list, generation_config: Any,
                 synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any) -> Any:
-        reason = unfit(self) or _unserved(self, input_ids, generation_config, synced_gpus, model_kwargs)
+        reason = unfit(self) or unserved(self, input_ids, generation_config, synced_gpus, model_kwargs)
         options = None
         drawn_there = generation_config.do_sample and not fixed(self)  # on a CPU even the drawn tokens stay the same
         if reason is None and not drawn_there:
-            options, reason = _translated(input_ids, logits_processor, stopping_criteria, generation_config)
+            options, reason = translated(input_ids, logits_processor, stopping_criteria, generation_config)
         if options is None:
             _say(reason)
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
                                    streamer=streamer, **model_kwargs)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         with session(self, len(input_ids), input_ids.shape[1] + _most(options)) as one:
-            loop = Loop(one, options, input_ids, mask, positions, _counted(input_ids, logits_processor))
+            loop = Loop(one, options, input_ids, mask, positions, counted(input_ids, logits_processor), **_kept(generation_config))
             for tokens in loop:
                 if streamer is not None:
                     streamer.put(tokens)
             if streamer is not None:
                 streamer.end()
-            return loop.result().sequences
+            made = loop.result()
+            if not generation_config.return_dict_in_generate:
+                return made.sequences
+            return GenerateDecoderOnlyOutput(sequences=made.sequences, scores=_steps(made.scores), logits=_steps(made.logits),
+                                             past_key_values=one.decoder.copied(made.sequences.shape[1] - 1))
 
     def _beam_search(self, input_ids: torch.Tensor, logits_processor: list, stopping_criteria: list, generation_config: Any,
                      synced_gpus: bool = False, **model_kwargs: Any) -> Any:
-        reason = unfit(self) or _unserved(self, input_ids, generation_config, synced_gpus, model_kwargs)
+        reason = unfit(self) or unserved(self, input_ids, generation_config, synced_gpus, model_kwargs)
         options = None
         if reason is None and generation_config.do_sample:
             reason = "beams that are sampled"
         if reason is None:
-            options, reason = _translated(input_ids, logits_processor, stopping_criteria, generation_config)
+            options, reason = translated(input_ids, logits_processor, stopping_criteria, generation_config)
         if options is not None and (options.processors or options.criteria):
             options, reason = None, "beams with processors or criteria of the caller's"
         if options is None or not fixed(self):  # on a CPU growing caches are faster, and transformers reorders those
@@ -141,10 +145,28 @@ class Generating(Swapped):
         with session(self, len(input_ids), input_ids.shape[1] + _most(options), make, beams) as one:
             # What transformers fills with: pad_token_id, unless that is 0 or None.
             one.fill_with((options.pad_token_id or options.eos[0]) if options.eos else 0)
-            for _ in Loop(one, options, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"),
-                          _counted(input_ids, logits_processor)):
+            loop = Loop(one, options, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"),
+                        counted(input_ids, logits_processor), **_kept(generation_config))
+            for _ in loop:
                 pass
-            return one.best(input_ids.shape[1], generation_config.num_return_sequences)
+            found = one.best(input_ids.shape[1], generation_config.num_return_sequences)
+            if not generation_config.return_dict_in_generate:
+                return found.sequences
+            made = loop.result()
+            return GenerateBeamDecoderOnlyOutput(
+                sequences=found.sequences, sequences_scores=found.scores if generation_config.output_scores else None,
+                scores=_steps(made.scores), logits=_steps(made.logits), beam_indices=found.parents)
+
+
+def _kept(config: Any) -> dict[str, bool]:
+    """What the loop keeps of each step for the output that was asked for."""
+    wanted = config.return_dict_in_generate
+    return {"logits": bool(wanted and config.output_logits), "scores": bool(wanted and config.output_scores)}
+
+
+def _steps(kept: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
+    """kept[B,N,V] as transformers has it: N tensors [B,V]."""
+    return None if kept is None else kept.unbind(1)
 
 
 def _say(reason: str | None) -> None:
@@ -152,102 +174,6 @@ def _say(reason: str | None) -> None:
     if reason is not None and reason not in _SAID:
         _SAID.add(reason)
         _LOG.warning("generate: %s; transformers' own loop does it", reason)
-
-
-def _unserved(model: PreTrainedModel, ids: torch.Tensor, config: Any, synced: bool, given: dict[str, Any]) -> str | None:
-    """Why transformers' own loop must run, or None."""
-    if synced:
-        return "synced_gpus=True"
-    if ids.device != model.device:
-        return f"input_ids on {ids.device} and the model on {model.device}"
-    if config.return_dict_in_generate:
-        return "return_dict_in_generate=True"
-    if not given.get("use_cache", True):
-        return "use_cache=False"
-    if config.cache_implementation not in (None, "dynamic", "static"):
-        return f"cache_implementation={config.cache_implementation!r}"
-    if getattr(given.get("past_key_values"), "_is_user_defined", False):
-        return "past_key_values of the caller's"
-    if config.compile_config is not None:
-        return "compile_config"
-    if config.prefill_chunk_size is not None:
-        return "prefill_chunk_size"
-    if config.is_assistant:
-        return "the model assists another"
-    if not ids.shape[1] or given.get("inputs_embeds") is not None:
-        return "inputs_embeds"
-    if torch.is_autocast_enabled(ids.device.type):
-        return "autocast"
-    if given.get("position_ids") is not None and given["position_ids"].shape != ids.shape:
-        return f"position_ids of shape {tuple(given['position_ids'].shape)}"
-    known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
-    extra = [name for name, value in given.items() if value is not None and name not in known]
-    return f"argument {extra[0]}" if extra else None
-
-
-# What the loop does itself, in its order, which is transformers'.
-_ORDER = (processors_of.SequenceBiasLogitsProcessor, processors_of.RepetitionPenaltyLogitsProcessor,
-          processors_of.NoRepeatNGramLogitsProcessor, processors_of.NoBadWordsLogitsProcessor, processors_of.MinLengthLogitsProcessor,
-          processors_of.MinNewTokensLengthLogitsProcessor, processors_of.SuppressTokensLogitsProcessor,
-          processors_of.TemperatureLogitsWarper, processors_of.TopKLogitsWarper, processors_of.TopPLogitsWarper,
-          processors_of.MinPLogitsWarper, processors_of.TypicalLogitsWarper)
-
-
-def _translated(ids: torch.Tensor, processors: list, criteria: list, config: Any) -> tuple[Options | None, str | None]:
-    """transformers' processors and criteria as options, or why not."""
-    lengths = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
-    eos = [word for one in criteria if type(one) is EosTokenCriteria for word in one.eos_token_id.tolist()]
-    others = [one for one in criteria if not isinstance(one, MaxLengthCriteria) and type(one) is not EosTokenCriteria]
-    if not lengths or min(lengths) <= ids.shape[1]:
-        return None, "no max_length beyond the prompt"
-    pad = config._pad_token_tensor if any(hasattr(one, "eos_token_id") for one in criteria) else None
-    if eos and pad is None:
-        return None, "no pad_token_id"
-    asked: dict[str, Any] = {"max_new_tokens": min(lengths) - ids.shape[1], "eos_token_id": eos, "criteria": others,
-                             "pad_token_id": None if pad is None else int(pad)}
-    if config.do_sample:
-        # The caller's seed, torch.manual_seed, gives each row its own.
-        asked |= {"temperature": 1.0, "seed": torch.randint(2 ** 62, (len(ids),))}
-    places = [_ORDER.index(type(one)) if type(one) in _ORDER else None for one in processors]
-    if None in places or sorted(set(places)) != places or not all(_take(one, ids, eos, asked) for one in processors):
-        for name in set(asked) - {"max_new_tokens", "eos_token_id", "criteria", "pad_token_id", "temperature", "seed"}:
-            del asked[name]
-        asked |= {"processors": list(processors), **({"temperature": 1.0} if config.do_sample else {})}
-    return Options(**asked), None
-
-
-def _take(one: Any, ids: torch.Tensor, eos: list[int], asked: dict[str, Any]) -> bool:
-    """Writes what a processor asks for into `asked`; False if the loop cannot do just that."""
-    if getattr(one, "min_tokens_to_keep", 1) != 1 or getattr(one, "filter_value", float("-inf")) != float("-inf"):
-        return False
-    kind = type(one).__name__
-    if kind in ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"):
-        least = one.min_length - ids.shape[1] if kind == "MinLengthLogitsProcessor" else one.min_new_tokens
-        asked["min_new_tokens"] = max(asked.get("min_new_tokens", 0), least)
-        return set(torch.as_tensor(one.eos_token_id).flatten().tolist()) == set(eos)
-    if kind == "SuppressTokensLogitsProcessor":
-        asked["logit_bias"] = dict.fromkeys(one.suppress_tokens.tolist(), float("-inf"))
-    elif kind == "SequenceBiasLogitsProcessor":
-        asked["sequence_bias"] = one.sequence_bias
-    elif kind == "NoBadWordsLogitsProcessor":
-        asked["bad_words"] = list(one.sequence_bias)
-    else:
-        option, attribute = {
-            "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", "penalty"), "NoRepeatNGramLogitsProcessor":
-            ("no_repeat_ngram_size", "ngram_size"), "TemperatureLogitsWarper": ("temperature", "temperature"), "TopKLogitsWarper":
-            ("top_k", "top_k"), "TopPLogitsWarper": ("top_p", "top_p"), "MinPLogitsWarper": ("min_p", "min_p"), "TypicalLogitsWarper":
-            ("typical_p", "mass")}[kind]
-        asked[option] = getattr(one, attribute)
-    return True
-
-
-def _counted(ids: torch.Tensor, processors: list) -> torch.Tensor:
-    """bool [B,S]: which tokens of the prompt the repetition penalty counts; before 5.23 transformers counts padding too."""
-    ignored = next((one.prompt_ignore_length for one in processors
-                    if isinstance(one, processors_of.RepetitionPenaltyLogitsProcessor)), None)
-    if ignored is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    return torch.arange(ids.shape[1], device=ids.device) >= torch.as_tensor(ignored, device=ids.device).view(-1, 1).expand(len(ids), 1)
 
 
 def swap_generate(model: torch.nn.Module) -> None:

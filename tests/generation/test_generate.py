@@ -99,7 +99,8 @@ def test_criteria_of_the_callers_own(loops):
 
 
 FALLBACKS = {
-    "return_dict_in_generate": {"return_dict_in_generate": True}, "use_cache": {"use_cache": False},
+    **{name: {name: True, "return_dict_in_generate": True} for name in ("output_attentions", "output_hidden_states")},
+    "use_cache": {"use_cache": False},
     "compile_config": {"compile_config": CompileConfig(backend="eager")}, "prefill_chunk_size": {"prefill_chunk_size": 5},
     "past_key_values": {"past_key_values": DynamicCache()},
 }
