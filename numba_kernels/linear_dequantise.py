@@ -20,6 +20,7 @@ ONE = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}
 SIXTEENTH = 0x2C002C00  # float16
 SIGN = 0x80008000
 ZERO = 8.0  # of int4 without zero points
+FIRST_DOUBLED, SECOND_DOUBLED = np.uint32(0x1100), np.uint32(0x3322)  # bytes 0 and 1 of a word, bytes 2 and 3
 
 
 def subtracts(dtype: str, batch: int) -> bool:
@@ -59,6 +60,32 @@ def make_int4(dtype: str, subtract: bool) -> tuple[Callable, Callable]:
     return dequantise, minus_of
 
 
+def make_pair(kind: str, dtype: str) -> Callable:
+    """pair(doubled): two 8-bit values in dtype, exactly, from a word that has each twice (`ptx.permute` with one of the two below)."""
+    fma, magic, minus_one = ptx.FMA_PAIR[dtype], np.uint32(MAGIC[dtype]), np.uint32(ONE[dtype] | SIGN)
+    seven, sign, sign_high, seven_high, low_bytes = (np.uint32(word) for word in (0x007F007F, 0x00800080, SIGN, 0x7F007F00, 0x00FF00FF))
+    rebias, minus_zero, four, eight = np.uint32(0x7B807B80), np.uint32(SIGN), np.uint32(4), np.uint32(8)  # 2 ** 120
+    biased = np.uint32(0x64806480)  # 1024 + 128
+
+    if dtype == "float16" and kind == "int8":
+        @cuda.jit(device=True, forceinline=True)
+        def pair(doubled):
+            return ptx.sub_f16_pair((doubled & low_bytes) ^ biased, biased)
+    elif dtype == "float16":
+        @cuda.jit(device=True, forceinline=True)
+        def pair(doubled):
+            return ptx.e4m3_to_f16_pair(doubled >> eight)
+    elif kind == "int8":
+        @cuda.jit(device=True, forceinline=True)
+        def pair(doubled):
+            return fma(ptx.and_or(doubled, sign, magic), minus_one, ptx.and_or(doubled, seven, magic))
+    else:
+        @cuda.jit(device=True, forceinline=True)
+        def pair(doubled):
+            return fma(ptx.and_or(doubled, sign_high, (doubled & seven_high) >> four), rebias, minus_zero)
+    return pair
+
+
 def make_rows(kind: str, dtype: str) -> Callable:
     """fragment(low, high, s) -> a0 .. a3 of product s, from 16 neighbouring bytes of a row and of the row 8 further.
 
@@ -70,27 +97,14 @@ def make_rows(kind: str, dtype: str) -> Callable:
             return low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1]
         return fragment
 
-    fma, magic, minus_one = ptx.FMA_PAIR[dtype], np.uint32(MAGIC[dtype]), np.uint32(ONE[dtype] | SIGN)
-    seven, sign, none, sign_high, seven_high = (np.uint32(word) for word in (0x007F007F, 0x00800080, 0, SIGN, 0x7F007F00))
-    rebias, minus_zero, four = np.uint32(0x7B807B80), np.uint32(SIGN), np.uint32(4)  # 2 ** 120
     if dtype == "float16":
         pairs, _ = make_widen("int8" if kind == "int8" else "float8_e4m3fn")
-    elif kind == "int8":
-        @cuda.jit(device=True, forceinline=True)
-        def pair(word):
-            return fma(ptx.and_or(word, sign, magic), minus_one, ptx.and_or(word, seven, magic))
-
-        @cuda.jit(device=True, forceinline=True)
-        def pairs(word):
-            return pair(ptx.permute(word, none, np.uint32(0x4140))), pair(ptx.permute(word, none, np.uint32(0x4342)))
     else:
-        @cuda.jit(device=True, forceinline=True)
-        def pair(word):
-            return fma(ptx.and_or(word, sign_high, (word & seven_high) >> four), rebias, minus_zero)
+        pair = make_pair(kind, dtype)
 
         @cuda.jit(device=True, forceinline=True)
         def pairs(word):
-            return pair(ptx.permute(word, none, np.uint32(0x1404))), pair(ptx.permute(word, none, np.uint32(0x3424)))
+            return pair(ptx.permute(word, word, FIRST_DOUBLED)), pair(ptx.permute(word, word, SECOND_DOUBLED))
 
     @cuda.jit(device=True, forceinline=True)
     def fragment(low, high, s):

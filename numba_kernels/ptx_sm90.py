@@ -27,8 +27,20 @@ bar_arrive = ptx("bar_arrive", "bar.arrive $0, $1;", "", "rr")
 # Whether $2 is not 0 in any of the $1 threads that meet at named barrier $0.
 bar_any = ptx("bar_any", "{ .reg .pred p, q; setp.ne.u32 p, $3, 0; barrier.cta.red.or.pred q, $1, $2, p; selp.u32 $0, 1, 0, q; }", "r",
               "rrr")
+# All threads of a cluster: what each has written to shared memory is there for the others after the wait.
+cluster_arrive = ptx("cluster_arrive", "barrier.cluster.arrive.release;")
+cluster_wait = ptx("cluster_wait", "barrier.cluster.wait.acquire;")
+# At the address $4 of block $5 of the cluster.
+ld_cluster_f32x4 = ptx("ld_cluster_f32x4", "{ .reg .b32 a; mapa.shared::cluster.u32 a, $4, $5; "
+                       "ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [a]; }", "ffff", "rr")
+ld_written_16_if = ptx("ld_written_16_if", "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, $2, 0; mov.b16 t, 0; @p ld.global.b16 t, [$1]; "
+                       "cvt.u32.u16 $0, t; }", "r", "lr")
+ld_written_64_if = ptx("ld_written_64_if", "{ .reg .pred p; .reg .b32 t<2>; setp.ne.u32 p, $3, 0; mov.b32 t0, 0; mov.b32 t1, 0; "
+                       "@p ld.global.v2.b32 {t0, t1}, [$2]; mov.b32 $0, t0; mov.b32 $1, t1; }", "rr", "lr")
 prefetch_tensor_map = ptx("prefetch_tensor_map", "prefetch.tensormap [$0];", "", "l")
-# A box of map $1 at coordinates $3 .. $6, innermost first, to shared memory $0; mbarrier $2 counts its bytes. Out of bounds are zeros.
+# A box of map $1 at coordinates from $3 on, innermost first, to shared memory $0; mbarrier $2 counts its bytes. Out of bounds are zeros.
+tma_load_2d = ptx("tma_load_2d", "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                  "[$0], [$1, {$3, $4}], [$2];", "", "rlrrr")
 tma_load_4d = ptx("tma_load_4d", "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
                   "[$0], [$1, {$3, $4, $5, $6}], [$2];", "", "rlrrrrr")
 SETMAXNREG = {(way, n): ptx(f"setmaxnreg_{way}_{n}", f"setmaxnreg.{way}.sync.aligned.u32 {n};")

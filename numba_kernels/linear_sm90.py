@@ -1,0 +1,116 @@
+"""linear for many rows on Hopper (sm_90a): out = act(x W^T + bias) + residual, W of 16 bits, or int8 or e4m3 with a scale a row.
+
+Blocks of one producer thread (linear_sm90_load.py) and two consumer warpgroups (linear_sm90_math.py) with a ring of stages between them.
+A tile is 128 features by 64, 128 or 256 rows of x; blocks stay, and their producers run ahead into the next tile. What is multiplied is
+W x^T, so that weights of 8 bits are widened on their way to registers, wgmma's A operand, and few rows of x waste nothing. Where there
+are fewer tiles than multiprocessors, the blocks of a cluster share the k of a tile and add their sums through each other's shared memory.
+Floors, predictions and the plan of the first measurements: docs/tuning/linear_sm90.md.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numba import cuda
+
+from ftops.numba_kernels import ptx
+from ftops.numba_kernels import ptx_sm90 as hopper
+from ftops.numba_kernels.compile import Spec
+from ftops.numba_kernels.linear_sm90_config import COLUMNS, FEATURES, Config
+from ftops.numba_kernels.linear_sm90_load import make_produce, place
+from ftops.numba_kernels.linear_sm90_math import make_finish, make_multiply, make_place
+
+CONSUMERS = 256  # threads
+# Tensor maps of W and x; scales, bias, residual (0 = not given), out; elements between rows of the residual; rows of x, features, stages
+# of a whole k, blocks that share it, whether all rows of out and of the residual begin on 8 bytes; the activation.
+SIGNATURE = "tt" + "pppp" + "l" + "iiiii" + "iff"
+
+
+def make(config: Config) -> Callable:
+    stages, stage_bytes, w_bytes, columns = config.stages, np.uint32(config.stage_bytes), np.uint32(config.w_bytes), config.columns
+    full_at, empty_at, last, n_acc = np.uint32(config.full_at), np.uint32(config.empty_at), np.uint32(stages - 1), columns // 2
+    of_consumers = np.uint32(CONSUMERS)
+    # 40 + 2 * 232 registers of three warpgroups' threads: all that the block was launched with, 504 of a lane of each.
+    give, take, wait_0 = hopper.SETMAXNREG["dec", 40], hopper.SETMAXNREG["inc", 232], hopper.WGMMA_WAIT[0]
+    produce, place_w, multiply, (end, end_shared) = make_produce(config), make_place(config), make_multiply(config), make_finish(config)
+
+    def linear_sm90(w_map, x_map, scale_gl, bias_gl, residual_gl, out_gl, residual_stride, rows, features, steps, splits, wide, form, linear,
+                    cubic):
+        base = np.uint32((ptx.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00))
+        thread = np.uint32(cuda.threadIdx.x)
+        w_tensor, x_tensor = hopper.tensor_map(w_map), hopper.tensor_map(x_map)
+        if thread == np.uint32(0):
+            hopper.prefetch_tensor_map(w_tensor)
+            hopper.prefetch_tensor_map(x_tensor)
+            for s in range(stages):
+                hopper.mbarrier_init(base + full_at + np.uint32(8 * s), np.uint32(1))
+                hopper.mbarrier_init(base + empty_at + np.uint32(8 * s), np.uint32(CONSUMERS // 32))
+            hopper.fence_mbarrier_init()
+        cuda.syncthreads()
+        ptx.wait_for_primary()
+        ptx.launch_dependents()
+
+        blocks = np.uint32(splits)
+        tile, apart = ptx.div_u32(np.uint32(cuda.blockIdx.x), blocks), ptx.div_u32(np.uint32(cuda.gridDim.x), blocks)
+        block = np.uint32(np.uint32(cuda.blockIdx.x) - tile * blocks)
+        of_features = np.uint32(np.uint32(features + np.int32(FEATURES - 1)) // np.uint32(FEATURES))
+        of_rows = np.uint32(np.uint32(rows + np.int32(columns - 1)) // np.uint32(columns))
+        begin = ptx.div_u32(np.uint32(block * np.uint32(steps)), blocks)
+        count = np.uint32(ptx.div_u32(np.uint32((block + np.uint32(1)) * np.uint32(steps)), blocks) - begin)
+
+        if thread >= of_consumers:
+            give()
+            if thread == of_consumers:
+                produce(base, w_tensor, x_tensor, tile, apart, of_features, of_rows, begin, np.uint32(begin + count))
+            if blocks != np.uint32(1):
+                # Every thread of a cluster takes part in its barriers, which its consumers pass twice.
+                hopper.cluster_arrive()
+                hopper.cluster_wait()
+                hopper.cluster_arrive()
+                hopper.cluster_wait()
+            return
+
+        take()
+        speaker = thread & np.uint32(31) == np.uint32(0)
+        w_first, selector = place_w(base)
+        acc = cuda.local.array(n_acc, np.float32)
+        slot, phase = np.uint32(0), np.uint32(0)
+        while tile < of_features * of_rows:
+            feature_tile, row_tile = place(tile, of_features, of_rows)
+            for i in range(n_acc):
+                acc[i] = np.float32(0)
+            before, waiting = np.uint32(0), np.uint32(count)
+            while waiting != np.uint32(0):
+                hopper.mbarrier_wait(base + full_at + np.uint32(8) * slot, phase)
+                stage = np.uint32(slot * stage_bytes)
+                multiply(acc, w_first + stage, selector, base + stage + w_bytes, before)
+                before = np.uint32(base + empty_at + np.uint32(8) * slot) if speaker else np.uint32(0)
+                phase = np.uint32(phase ^ np.uint32(slot == last))
+                slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
+                waiting = ptx.here(np.uint32(waiting - np.uint32(1)))
+            wait_0()
+            if before != np.uint32(0):
+                hopper.mbarrier_arrive(before)
+            first, first_row = np.int32(feature_tile * np.uint32(FEATURES)), np.int32(row_tile * np.uint32(columns))
+            if blocks == np.uint32(1):
+                end(acc, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl, wide != 0, form, linear,
+                    cubic)
+            else:
+                end_shared(acc, base, block, blocks, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl,
+                           wide != 0, form, linear, cubic)
+            tile = np.uint32(tile + apart)
+
+    return linear_sm90
+
+
+def spec(config: Config, splits: int = 1) -> Spec:
+    """splits: blocks of a cluster; the machine code is the same."""
+    return Spec(make, config, SIGNATURE, threads=CONSUMERS + 128, shared_bytes=config.shared_bytes, cluster=splits, dependent=True,
+                only="sm_90a")
+
+
+def variants() -> Iterator[Spec]:
+    """Every variant that `pick` can give."""
+    for kind, columns in COLUMNS.items():
+        for dtype in ("float16", "bfloat16"):
+            yield from (spec(Config(kind, dtype, number)) for number in columns)

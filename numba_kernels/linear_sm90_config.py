@@ -1,0 +1,99 @@
+"""Block shapes of the linear for many rows on Hopper, and what they put where in shared memory."""
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+FEATURES = 128  # of the result, rows of W, a tile: 64 for each of two warpgroups
+CHUNK = 64  # values of k in a row of shared memory of x, 128 bytes, the widest that TMA and wgmma swizzle
+GROUP = 16  # tiles of features that are walked before the next rows of x: 132 tiles at a time then read the least of both
+SPLITS = (8, 4, 2, 1)  # blocks of a cluster that share the k of a tile
+_SHARED = 227 * 1024 - 1008  # of a block, with 1008 bytes to align the base: dynamic shared memory begins on 16 bytes
+
+
+@dataclass(frozen=True)
+class Config:
+    """kind of W: 16-bit, int8 or e4m3; dtype of x; columns: rows of x a tile, the columns of W x^T."""
+
+    kind: str
+    dtype: str
+    columns: int
+
+    @property
+    def item(self) -> int:
+        return 2 if self.kind == "16-bit" else 1
+
+    @property
+    def depth(self) -> int:
+        """Values of k a stage: 128 bytes of a row of W, which memory serves best; half of that where x is most of the stage."""
+        return 128 if self.item == 1 and self.columns < 256 else 64
+
+    @property
+    def w_bytes(self) -> int:
+        """In a stage, before x."""
+        return FEATURES * self.depth * self.item
+
+    @property
+    def x_bytes(self) -> int:
+        return self.columns * self.depth * 2
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.w_bytes + self.x_bytes
+
+    @property
+    def stages(self) -> int:
+        return _SHARED // (self.stage_bytes + 16)
+
+    # Offsets from a base of 1024-byte alignment: the stages at 0, then their barriers, 8 bytes each.
+
+    @property
+    def full_at(self) -> int:
+        return self.stages * self.stage_bytes
+
+    @property
+    def empty_at(self) -> int:
+        return self.full_at + 8 * self.stages
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.empty_at + 8 * self.stages + 1008
+
+
+COLUMNS = {"16-bit": (64, 128, 256), "int8": (64, 256), "e4m3": (64,)}  # more rows of e4m3 are multiplied in eight bits
+# Rows of x from which the op takes this kernel: none, until it has been measured beside the library's.
+FROM_ROWS = {"16-bit": 1 << 31, "int8": 1 << 31, "e4m3": 1 << 31}
+# Clocks, predicted (docs/tuning/linear_sm90.md): of a tile's start and end; of an instruction issued beside wgmma, the tensor cores' own.
+_AROUND, _WIDEN = 4000, 2.5
+_L2_BYTES = 36  # a clock and multiprocessor: what 750 TFLOP/s take with tiles of 128 x 256
+_MEMORY_BYTES = 2600  # a clock of all multiprocessors, 4.5 TB/s at 1.73 GHz
+
+
+def pick(kind: str, dtype: str, rows: int, features: int, depth: int, multiprocessors: int) -> Config:
+    """The tile with the least predicted time for x[rows, depth], W[features, depth]."""
+    return min((Config(kind, dtype, columns) for columns in COLUMNS[kind]),
+               key=lambda config: clocks(config, rows, features, depth, multiprocessors))
+
+
+def tiles_of(config: Config, rows: int, features: int) -> tuple[int, int]:
+    """(tiles of features, tiles of rows)."""
+    return -(-features // FEATURES), -(-rows // config.columns)
+
+
+@functools.lru_cache(maxsize=4096)
+def splits_of(config: Config, rows: int, features: int, depth: int, multiprocessors: int) -> int:
+    """Blocks that share a tile's k: as many as find a multiprocessor, with four stages each at least."""
+    of_features, of_rows = tiles_of(config, rows, features)
+    steps = -(-depth // config.depth)
+    return next((splits for splits in SPLITS if splits * of_features * of_rows <= multiprocessors and 4 * splits <= steps), 1)
+
+
+def clocks(config: Config, rows: int, features: int, depth: int, multiprocessors: int) -> float:
+    """Predicted time."""
+    of_features, of_rows = tiles_of(config, rows, features)
+    splits = splits_of(config, rows, features, depth, multiprocessors)
+    multiply = FEATURES * config.columns / 2048 + (_WIDEN if config.item == 1 else 0)  # of one value of k, as are the next two
+    bring = (FEATURES * config.item + 2 * config.columns) / _L2_BYTES
+    rounds = -(-of_features * of_rows * splits // multiprocessors)
+    in_tiles = rounds * (max(multiply, bring) * depth / splits + _AROUND)
+    return max(in_tiles, (features * depth * config.item + 2 * rows * (depth + features)) / _MEMORY_BYTES + _AROUND)

@@ -1,0 +1,50 @@
+"""The order of tiles of the linear on Hopper, and its producer: one thread that has TMA bring W and x to shared memory."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import cuda
+
+from ftops.numba_kernels import ptx
+from ftops.numba_kernels import ptx_sm90 as hopper
+from ftops.numba_kernels.linear_sm90_config import CHUNK, FEATURES, GROUP, Config
+
+
+@cuda.jit(device=True, forceinline=True)
+def place(tile, of_features, of_rows):
+    """(tile of features, tile of rows) number `tile`: GROUP tiles of features with the first rows, with the next, ..., then the next group."""
+    first = np.uint32(ptx.div_u32(tile, np.uint32(GROUP) * of_rows) * np.uint32(GROUP))
+    there = np.uint32(min(np.uint32(GROUP), np.uint32(of_features - first)))
+    rest = np.uint32(tile - first * of_rows)
+    row = ptx.div_u32(rest, there)
+    return np.uint32(first + rest - row * there), row
+
+
+def make_produce(config: Config) -> Callable:
+    """produce(base, w_tensor, x_tensor, tile, apart, of_features, of_rows, begin, end): stages `begin` to `end` of every apart-th tile."""
+    depth, columns, chunks, last = np.uint32(config.depth), np.uint32(config.columns), config.depth // CHUNK, np.uint32(config.stages - 1)
+    stage_bytes, w_bytes, chunk_bytes = np.uint32(config.stage_bytes), np.uint32(config.w_bytes), 128 * config.columns
+    full_at, empty_at = np.uint32(config.full_at), np.uint32(config.empty_at)
+
+    @cuda.jit(device=True, forceinline=True)
+    def produce(base, w_tensor, x_tensor, tile, apart, of_features, of_rows, begin, end):
+        slot, phase = np.uint32(0), np.uint32(1)
+        while tile < of_features * of_rows:
+            feature_tile, row_tile = place(tile, of_features, of_rows)
+            k, feature, row = np.uint32(begin * depth), np.uint32(feature_tile * np.uint32(FEATURES)), np.uint32(row_tile * columns)
+            waiting = np.uint32(end - begin)
+            while waiting != np.uint32(0):
+                hopper.mbarrier_wait(base + empty_at + np.uint32(8) * slot, phase)
+                full, stage = np.uint32(base + full_at + np.uint32(8) * slot), np.uint32(base + slot * stage_bytes)
+                hopper.mbarrier_expect(full, stage_bytes)
+                hopper.tma_load_2d(stage, w_tensor, full, k, feature)
+                for c in range(chunks):
+                    hopper.tma_load_2d(stage + w_bytes + np.uint32(c * chunk_bytes), x_tensor, full, k + np.uint32(CHUNK * c), row)
+                phase = np.uint32(phase ^ np.uint32(slot == last))
+                slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
+                k = np.uint32(k + depth)
+                waiting = ptx.here(np.uint32(waiting - np.uint32(1)))  # not unrolled
+            tile = np.uint32(tile + apart)
+
+    return produce
