@@ -1,4 +1,4 @@
-"""The command line: `ftops demo | info | generate | quantize | evaluate`. Each command imports what it needs when it runs."""
+"""The command line: `ftops demo | info | generate | bench | quantize | evaluate`. Each command imports what it needs when it runs."""
 from __future__ import annotations
 
 import argparse
@@ -58,6 +58,19 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--no-patch", action="store_true", help="run the model as transformers has it")
     _add_placement(generate)
 
+    bench = commands.add_parser("bench", help="tokens a second beside Hugging Face's, over batch sizes and contexts: a table, a plot")
+    bench.set_defaults(run=_bench)
+    bench.add_argument("model", nargs="?", help="folder or Hugging Face hub id (default: the small model that ftops carries)")
+    bench.add_argument("--batch", default="1,4,16", help="rows generated together, default 1,4,16")
+    bench.add_argument("--context", default="128,512", help="tokens of the prompt, default 128,512")
+    bench.add_argument("--new-tokens", type=int, default=32, help="tokens of each row, default 32")
+    bench.add_argument("--quant", help="int4, int8, fp8 or w8a8 for the side of ftops")
+    bench.add_argument("--compile", action="store_true", help="also Hugging Face with a static cache and torch.compile, on a GPU")
+    bench.add_argument("--repeats", type=int, default=3, help="timed runs, of which the median is shown, default 3")
+    bench.add_argument("--json", metavar="FILE", help="write all figures there")
+    bench.add_argument("--plot", metavar="FILE", help="draw them there, a .png")
+    _add_placement(bench)
+
     quantize = commands.add_parser("quantize", help="save a model with its linear layers in 4 or 8 bits")
     quantize.set_defaults(run=_quantize)
     quantize.add_argument("model", help="folder or Hugging Face hub id")
@@ -108,6 +121,28 @@ def _generate(options: argparse.Namespace) -> int:
                     seed=options.seed, dtype=options.dtype, device=options.device, patch=not options.no_patch)
     print(line, file=sys.stderr)
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from ftops.integrations.bench import bench
+    from ftops.integrations.bench_show import check_files, draw, show, write
+    check_files(options.json, options.plot)
+    found = bench(options.model, batches=_integers("--batch", options.batch), contexts=_integers("--context", options.context),
+                  new_tokens=options.new_tokens, quant=options.quant, compiled=options.compile, repeats=options.repeats,
+                  device=options.device, dtype=options.dtype)
+    show(Console(), found)
+    for file, make in ((options.json, write), (options.plot, draw)):
+        if file is not None:
+            make(found, file)
+            print(f"written: {file}", file=sys.stderr)
+    return 0
+
+
+def _integers(argument: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"bench: {argument} is {text!r}; allowed: numbers with commas between them, such as 1,4,16") from None
 
 
 def _quantisation(options: argparse.Namespace) -> dict[str, object]:

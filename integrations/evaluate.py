@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -18,6 +17,7 @@ from transformers.utils import logging
 import ftops
 from ftops.integrations.demo.corpus import is_held_out
 from ftops.integrations.demo.load import EMBEDDED, load_causal_lm
+from ftops.progress import track
 from ftops.quant import FORMATS
 
 LENGTH = 1024  # tokens of a window, if the model takes as many
@@ -49,7 +49,7 @@ def evaluate(model: str | Path | None = None, quant: list[str] | None = None, *,
     logging.disable_progress_bar()
 
     def load(**more: Any) -> tuple[PreTrainedModel, Any]:
-        return load_causal_lm(model or EMBEDDED, device=device, dtype=dtype, **more)
+        return load_causal_lm(model or EMBEDDED, device=device, dtype=dtype, asked=("evaluate", "MODEL"), **more)
 
     original, tokenizer = load()
     tokens = _windows(tokenizer(written, return_tensors="pt", verbose=False).input_ids[0], original)[:windows].to(original.device)
@@ -77,16 +77,26 @@ def show(console: Console, found: list[Quality]) -> None:
 def quantize(model: str | Path | None, folder: str | Path, quant: str, *, device: str | None = None, dtype: str | None = None,
              options: dict[str, Any] | None = None) -> PreTrainedModel:
     """Quantises a model as it is read, and saves it with its tokenizer in a new folder. Raises ValueError."""
-    quantised, tokenizer = load_causal_lm(model or EMBEDDED, device=device, dtype=dtype,
+    quantised, tokenizer = load_causal_lm(model or EMBEDDED, device=device, dtype=dtype, asked=("quantize", "MODEL"),
                                           quantization_config=ftops.QuantConfig(quant, **(options or {})))
     ftops.save(quantised, folder, tokenizer=tokenizer)
     return quantised
 
 
+def library_text() -> str:
+    """Modules of Python's standard library, those that the embedded model was not shown."""
+    files = [path for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) if is_held_out(Path(path.name))]
+    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Of parameters and quantised weights; what is shared counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
+
+
 def _text(file: str | Path | None) -> str:
     if file is None:
-        files = [path for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) if is_held_out(Path(path.name))]
-        return "\n".join(path.read_text(encoding="utf-8") for path in files)
+        return library_text()
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -105,7 +115,7 @@ def _windows(tokens: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, windows: torch.Tensor, name: str) -> Iterator[torch.Tensor]:
     """The logits [S,V] of each window, one at a time."""
-    for window in track(windows, f"{name}: {len(windows)} windows", console=Console(stderr=True), transient=True):
+    for window in track(windows, name, len(windows)):
         yield model(input_ids=window[None], use_cache=False).logits[0]
 
 
@@ -116,5 +126,4 @@ def _quality(name: str, model: PreTrainedModel, windows: torch.Tensor, ours: Ite
         loss += torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum").item()
         error, largest = max(error, (logits - original).abs().max().item()), max(largest, original.abs().max().item())
         count += len(window) - 1
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    return Quality(name, math.exp(loss / count), error, largest, sum(held.values()))
+    return Quality(name, math.exp(loss / count), error, largest, weight_bytes(model))

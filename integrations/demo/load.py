@@ -15,13 +15,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def load_causal_lm(name: str | Path = EMBEDDED, *, dtype: str | None = None, device: str | None = None,
-                   **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+                   asked: tuple[str, str] = ("generate", "--model"), **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A decoder and its tokenizer, from a folder or the Hugging Face hub, in evaluation mode.
 
     dtype: a name in DTYPES; None is the checkpoint's own on a GPU and float32 on a CPU. device: "cpu", "cuda", "cuda:1" or "auto"
-    (spread over every device there is); None is the GPU where there is one. Raises ValueError.
+    (spread over every device there is); None is the GPU where there is one. asked: the command and the argument that name it, for errors.
+    Raises ValueError.
     """
-    return _load("generate", "--model", AutoModelForCausalLM, name, dtype, device, options)
+    return _load(*asked, AutoModelForCausalLM, name, dtype, device, options)
 
 
 def load_encoder(*, dtype: str | None = None, device: str | None = None, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
