@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,8 @@ class Generated:
     """What a call made. sequences[B, S + N] int64: prompt and answer; lengths[B]: tokens of each answer, its end token counted.
 
     logprobs[B,N] float32: of each token of the answer under the model's own distribution, 0 behind the end; cumulative_logprobs[B]: their
-    sums. logits[B,N,V]: the model's, before any option; scores[B,N,V]: after all of them but temperature and filters. None where not asked
-    for.
+    sums. logits[B,N,V]: the model's, before any option; scores[B,N,V]: after all of them but temperature and filters.
+    context_hidden_states[B,S,hidden]: of the prompt, what the head reads: after the final norm, 0 at padding. None where not asked for.
     """
 
     sequences: torch.Tensor
@@ -29,6 +30,7 @@ class Generated:
     cumulative_logprobs: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+    context_hidden_states: torch.Tensor | None = None
 
 
 class Loop:
@@ -40,9 +42,10 @@ class Loop:
 
     def __init__(self, session: Session, options: Options, ids: torch.Tensor, mask: torch.Tensor | None = None,
                  positions: torch.Tensor | None = None, counted: torch.Tensor | None = None, *, logprobs: bool = False,
-                 logits: bool = False, scores: bool = False) -> None:
+                 logits: bool = False, scores: bool = False, hidden_states: bool = False) -> None:
         self._session, self._options, self._ids, self._mask, self._positions = session, options, ids, mask, positions
         self._logprobs, self._logits, self._scores = logprobs, [] if logits else None, [] if scores else None
+        self._hear_hidden, self._hidden = hidden_states, None
         self._counted = counted if counted is not None else torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         self.ended = torch.zeros(len(ids), dtype=torch.bool)
         self.lengths = torch.zeros(len(ids), dtype=torch.int64)
@@ -61,7 +64,10 @@ class Loop:
         attentive = bool(options.processors or options.criteria)
         reader = Reader(session, depth=2)
         given = rules.build(options, self._ids, self._counted, session.decoder.words)
-        logits = session.prefill(self._ids, self._mask, self._positions)
+        with session.decoder.hidden_states() if self._hear_hidden else nullcontext() as heard:
+            logits = session.prefill(self._ids, self._mask, self._positions)
+        if heard:
+            self._hidden = heard[0].masked_fill(~self._counted[..., None], 0)
         given, graph = session.adopt(given, self._logprobs, not attentive)  # after the prompt, which says whether there is padding
         for count in range(self._limit):
             if count and graph is not None:
@@ -97,7 +103,8 @@ class Loop:
         sequences = torch.cat((self._ids, answer), 1)
         logprobs = None if logprobs is None else logprobs.clone()
         return Generated(sequences, self.lengths.clone(), logprobs, None if logprobs is None else logprobs.sum(-1),
-                         *(None if steps is None else torch.stack(steps[:made], 1) for steps in (self._logits, self._scores)))
+                         *(None if steps is None else torch.stack(steps[:made], 1) for steps in (self._logits, self._scores)),
+                         self._hidden)
 
     def _choose(self, given: rules.Given, logits: torch.Tensor) -> torch.Tensor:
         session, options = self._session, self._options

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,9 @@ class Decoder(Protocol):
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends tokens[B,1] and returns the logits [B,V] after them."""
+
+    def hidden_states(self) -> AbstractContextManager[list[torch.Tensor]]:
+        """Inside of it, the list gets what the head reads of each prompt: [B,S,hidden], the last layer's output after the final norm."""
 
     def shape(self) -> tuple[object, ...]:
         """What a captured step hangs on besides addresses."""

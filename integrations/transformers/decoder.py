@@ -78,6 +78,15 @@ class CausalDecoder:
         self._positions.add_(1)
         return logits
 
+    @contextmanager
+    def hidden_states(self) -> Iterator[list[torch.Tensor]]:
+        heard: list[torch.Tensor] = []
+        handle = self._model().base_model.register_forward_hook(lambda _, args, output: heard.append(output[0].to(self.device)))
+        try:
+            yield heard
+        finally:
+            handle.remove()
+
     def copied(self, length: int) -> DynamicCache:
         """Keys and values of the first `length` tokens as a cache for the caller. One that grows is his own from now on."""
         cache = DynamicCache(config=self.config) if self._fixed else self._cache

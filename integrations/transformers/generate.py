@@ -26,15 +26,17 @@ _SAID: set[str] = set()
 
 
 def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, return_logprobs: bool = False,
-             return_logits: bool = False, **options: Any) -> torch.Tensor | Generated:
+             return_logits: bool = False, return_hidden_states: bool = False, **options: Any) -> torch.Tensor | Generated:
     """See `ftops.generate`."""
+    more = return_logprobs or return_logits or return_hidden_states
     if options.get("prompt_lookup_num_tokens"):
-        return _looked_up(model, input_ids, attention_mask, return_logprobs or return_logits, options)
-    running = stream(model, input_ids, attention_mask, return_logprobs=return_logprobs, return_logits=return_logits, **options)
+        return _looked_up(model, input_ids, attention_mask, more, options)
+    running = stream(model, input_ids, attention_mask, return_logprobs=return_logprobs, return_logits=return_logits,
+                     return_hidden_states=return_hidden_states, **options)
     for _ in running:
         pass
     made = running.result()
-    return made if return_logprobs or return_logits else made.sequences
+    return made if more else made.sequences
 
 
 def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, more: bool, options: dict[str, Any]) -> torch.Tensor:
@@ -43,7 +45,7 @@ def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | N
     asked = rules.build(parsed, ids, counted, model.config.get_text_config(decoder=True).vocab_size).keys() - SERVED
     if drafts > MOST or asked or more or parsed.processors or parsed.criteria or parsed.stop:
         raise ValueError(f"generate: prompt_lookup_num_tokens is {drafts}; allowed: 1 to {MOST}, without penalties, bias, words to avoid "
-                         "or to stop at, min_new_tokens, top_p that changes, callables, return_logprobs and return_logits")
+                         "or to stop at, min_new_tokens, top_p that changes, callables, and what return_... asks for")
 
     def make(model: PreTrainedModel, batch: int, capacity: int) -> LookupSession:
         return LookupSession(SeveralDecoder(model, batch, capacity, 1 + drafts), batch, capacity, drafts)
@@ -56,7 +58,7 @@ def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | N
 
 
 def stream(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, return_logprobs: bool = False,
-           return_logits: bool = False, **options: Any) -> Stream:
+           return_logits: bool = False, return_hidden_states: bool = False, **options: Any) -> Stream:
     """See `ftops.stream`."""
     parsed = _checked(model, input_ids, attention_mask, options)
     if parsed.prompt_lookup_num_tokens:
@@ -64,7 +66,8 @@ def stream(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torc
                          "are streamed")
     return Stream(
         session(model, len(input_ids), input_ids.shape[1] + _most(parsed)),
-        lambda one: Loop(one, parsed, input_ids, attention_mask, logprobs=return_logprobs, logits=return_logits))
+        lambda one: Loop(one, parsed, input_ids, attention_mask, logprobs=return_logprobs, logits=return_logits,
+                         hidden_states=return_hidden_states))
 
 
 def _checked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> Options:

@@ -103,3 +103,19 @@ def test_beams(name, device, dtype, loops, stays):
         return
     close(ours.scores, theirs.scores)
     torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, rtol=1e-4, atol=1e-4)
+
+
+@IN_FLOAT32
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_hidden_states_of_the_context(family, device, dtype):
+    """What the head reads, after the final norm, and nothing of it at padding; the hook that hears it is gone afterwards."""
+    ids, mask = (t.to(device) for t in prompt(batch=3, padding="left"))
+    model = tiny(family, device, dtype)
+    with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        theirs = model(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True).hidden_states[-1]
+    plain = ftops.generate(ftops.patch(model), ids, mask, max_new_tokens=4)
+    made = ftops.generate(model, ids, mask, max_new_tokens=4, return_hidden_states=True)
+    torch.testing.assert_close(made.context_hidden_states, theirs * mask[..., None], rtol=1e-4, atol=1e-4)
+    assert torch.equal(made.sequences, plain)
+    assert not model.base_model._forward_hooks
