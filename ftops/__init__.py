@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from ftops.generation import Generated, Stream
 
 __version__ = "0.1.0"
-__all__ = ["QuantConfig", "Report", "__version__",
+__all__ = ["Engine", "QuantConfig", "Report", "__version__",
            "generate", "load", "ops", "patch", "quant", "quantize", "report", "save", "stream", "unpatch", "warmup"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "QuantConfig":  # it derives from a class of transformers, which is imported when it is asked for
+    # Classes that know transformers, which is imported when they are asked for.
+    if name == "QuantConfig":
         from ftops.integrations.transformers.quantizer import QuantConfig
         return QuantConfig
+    if name == "Engine":
+        from ftops.integrations.transformers.engine import Engine
+        return Engine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -98,8 +102,8 @@ def generate(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: to
     Options are those of `ftops.generation.Options`: max_new_tokens, temperature (0, the default, is greedy), top_k, top_p, min_p,
     penalties, bad_words, stop, eos_token_id, seed, ...; numbers may be tensors of one a row. return_logprobs=True, return_logits=True or
     return_hidden_states=True (of the context, [B,S,hidden]): a `ftops.generation.Generated` that has these too.
-    On a GPU a decode step is the replay of one CUDA graph, captured at the second token of the first call of its kind and kept with its
-    cache for the next call. Raises TypeError or ValueError.
+    progress=True: a bar on standard error, if that is a terminal. On a GPU a decode step is the replay of one CUDA graph, captured at the
+    second token of the first call of its kind and kept with its cache for the next call. Raises TypeError or ValueError.
     """
     from ftops.integrations.transformers.generate import generate as implementation
     return implementation(model, input_ids, attention_mask, **options)

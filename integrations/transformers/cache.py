@@ -10,7 +10,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from ftops import ops
-from ftops.block import BlockSpec, Slots
+from ftops.block import Attend, BlockSpec, Slots
+from ftops.integrations.transformers.pool import PooledLayer
 from ftops.ops.decode_attention import MAX_NEW_TOKENS
 
 
@@ -139,11 +140,13 @@ class PagedLayer(DynamicLayer):
         return (self.k.shape[1] * self.page_table.shape[1] if self.stepping else query_length), 0
 
 
-def slots(cache: Cache | None, index: int, x: torch.Tensor, mask: torch.Tensor | None) -> Slots | None:
+def slots(cache: Cache | None, index: int, x: torch.Tensor, mask: torch.Tensor | None) -> Slots | Attend | None:
     """Where a step of x[B,T,N] over `cache` keeps layer `index`, if that is a layer for steps; None for every other call."""
     if cache is None or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
+    if isinstance(layer, PooledLayer):
+        return layer.kept()
     if not isinstance(layer, (FixedLayer, PagedLayer)) or not layer.stepping or not is_rows(mask):
         return None
     bias = None if mask is None else additive(mask, x.dtype)
