@@ -20,26 +20,30 @@ from ftops.integrations.transformers.beams import BeamCausalDecoder
 from ftops.integrations.transformers.decoder import SeveralDecoder, fixed, forget, session, unfit
 from ftops.integrations.transformers.swap import Swapped, change_class, original_class, swapped_class
 from ftops.integrations.transformers.translate import counted, translated, unserved
+from ftops.progress import track
 
 _LOG = logging.getLogger("ftops")
 _SAID: set[str] = set()
 
 
 def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, return_logprobs: bool = False,
-             return_logits: bool = False, return_hidden_states: bool = False, **options: Any) -> torch.Tensor | Generated:
+             return_logits: bool = False, return_hidden_states: bool = False, progress: bool = False,
+             **options: Any) -> torch.Tensor | Generated:
     """See `ftops.generate`."""
     more = return_logprobs or return_logits or return_hidden_states
     if options.get("prompt_lookup_num_tokens"):
-        return _looked_up(model, input_ids, attention_mask, more, options)
+        return _looked_up(model, input_ids, attention_mask, more, progress, options)
     running = stream(model, input_ids, attention_mask, return_logprobs=return_logprobs, return_logits=return_logits,
                      return_hidden_states=return_hidden_states, **options)
-    for _ in running:
+    most = _most(Options(max_new_tokens=options.get("max_new_tokens", Options.max_new_tokens)))
+    for _ in track(running, "generating", most) if progress else running:
         pass
     made = running.result()
     return made if more else made.sequences
 
 
-def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, more: bool, options: dict[str, Any]) -> torch.Tensor:
+def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, more: bool, progress: bool,
+               options: dict[str, Any]) -> torch.Tensor:
     parsed = _checked(model, ids, mask, options)
     drafts, counted = parsed.prompt_lookup_num_tokens, torch.ones_like(ids, dtype=torch.bool)
     asked = rules.build(parsed, ids, counted, model.config.get_text_config(decoder=True).vocab_size).keys() - SERVED
@@ -52,7 +56,7 @@ def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | N
 
     with session(model, len(ids), ids.shape[1] + _most(parsed) + 1 + drafts, make, ("lookup", drafts)) as one:
         loop = LookupLoop(one, parsed, ids, mask)
-        for _ in loop:
+        for _ in track(loop, "generating", _most(parsed), lambda: int(loop.lengths.max())) if progress else loop:
             pass
         return loop.result().sequences
 

@@ -12,6 +12,7 @@ from ftops.integrations.transformers.decoder import unfit
 from ftops.integrations.transformers.generate import generate
 from ftops.integrations.transformers.layer import FusedLayer
 from ftops.integrations.transformers.leaves import FusedNorm
+from ftops.progress import track
 
 NEW = 4  # tokens: one from the prompt, a step as it is, and two of its graph
 
@@ -36,13 +37,12 @@ def warmup(model: nn.Module, *, batch_sizes: Sequence[int] = (1,), max_length: i
     if not 2 <= length <= limit:
         raise ValueError(f"warmup: max_length is {max_length}; allowed: 2 to {limit}, the model's max_position_embeddings")
 
-    from rich.progress import track
     runs = [run for batch in batch_sizes for run in _runs(model, batch, length)]
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            for run in track(runs, description="ftops: compiling kernels"):
+            for run in track(runs, "ftops: compiling kernels", len(runs)):
                 run()
     finally:
         model.train(training)

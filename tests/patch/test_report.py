@@ -75,7 +75,7 @@ def test_warmup_runs_and_leaves_no_trace(family, capsys):
     ftops.warmup(model, batch_sizes=(1, 2), max_length=20)
     assert makeup(model) == before and model.training
     assert str(ftops.report(model)) == text
-    assert "compiling kernels" in capsys.readouterr().out
+    assert capsys.readouterr() == ("", "")  # its bar is for terminals
 
 
 @pytest.mark.parametrize(("make", "options", "error", "message"), [
