@@ -14,7 +14,6 @@ import json
 import os
 import re
 import struct
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from ftops.numba_kernels.files import write_whole
 
 OLDEST = (8, 0)  # compute capability: packed 16-bit conversions, cp.async and mma of bfloat16 begin there
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")  # what the tests compile for
@@ -258,18 +259,10 @@ def _read(path: Path) -> Cubin | None:
 
 
 def _write(path: Path, made: Cubin) -> None:
-    """Atomic: a reader sees the whole file or none. A folder that cannot be written costs a compile a process, nothing else."""
+    """A folder that cannot be written costs a compile a process, nothing else."""
     about = json.dumps({k: v for k, v in vars(made).items() if k != "code"}).encode()
     payload = struct.pack("<I", len(about)) + about + made.code
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(_MAGIC + hashlib.sha256(payload).digest() + payload)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, _MAGIC + hashlib.sha256(payload).digest() + payload)
     except OSError:
         return
