@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ftops.generation import Generated, Stream
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "QuantConfig", "Report", "__version__",
+__all__ = ["Engine", "QuantConfig", "Report", "__version__", "conversation",
            "generate", "load", "ops", "patch", "quant", "quantize", "report", "save", "stream", "unpatch", "warmup"]
 
 
@@ -113,6 +113,14 @@ def stream(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torc
     """`generate` as an iterator of the tokens of each step, int64 [B]; it has `cancel`, `text(tokenizer)` and `result`."""
     from ftops.integrations.transformers.generate import stream as implementation
     return implementation(model, input_ids, attention_mask, **options)
+
+
+def conversation(model: torch.nn.Module, batch: int = 1, capacity: int = 4096) -> Any:
+    """A talk with a patched decoder, in turns, whose cache of `capacity` tokens a row is kept: `chat.generate(new_ids, **options)` and
+    `chat.stream` read what is new alone and answer as `generate` would answer all of it; `chat.rewind(length)` forgets. Raises ValueError.
+    """
+    from ftops.integrations.transformers.conversation import Conversation
+    return Conversation(model, batch, capacity)
 
 
 def warmup(model: torch.nn.Module, **options: Any) -> None:

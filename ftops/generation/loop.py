@@ -37,15 +37,16 @@ class Loop:
     """Iterate for the tokens of each step, int64 [B] on the host; `ended` tells which rows have had their last one.
 
     `cancel` ends rows early. `result` after the last step. With processors or criteria, or text to stop at, the host looks at every token
-    before the next step begins; otherwise one step is always ahead, and what that makes behind the end is cut off.
+    before the next step begins; otherwise one step is always ahead, and what that makes behind the end is cut off. The first `told` tokens
+    of ids are left out of the result.
     """
 
     def __init__(self, session: Session, options: Options, ids: torch.Tensor, mask: torch.Tensor | None = None,
                  positions: torch.Tensor | None = None, counted: torch.Tensor | None = None, *, logprobs: bool = False,
-                 logits: bool = False, scores: bool = False, hidden_states: bool = False) -> None:
+                 logits: bool = False, scores: bool = False, hidden_states: bool = False, told: int = 0) -> None:
         self._session, self._options, self._ids, self._mask, self._positions = session, options, ids, mask, positions
         self._logprobs, self._logits, self._scores = logprobs, [] if logits else None, [] if scores else None
-        self._hear_hidden, self._hidden = hidden_states, None
+        self._hear_hidden, self._hidden, self._told = hidden_states, None, told
         self._counted = counted if counted is not None else torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         self.ended = torch.zeros(len(ids), dtype=torch.bool)
         self.lengths = torch.zeros(len(ids), dtype=torch.int64)
@@ -67,7 +68,8 @@ class Loop:
         with session.decoder.hidden_states() if self._hear_hidden else nullcontext() as heard:
             logits = session.prefill(self._ids, self._mask, self._positions)
         if heard:
-            self._hidden = heard[0].masked_fill(~self._counted[..., None], 0)
+            hidden = heard[0][:, heard[0].shape[1] - (self._ids.shape[1] - self._told) :]
+            self._hidden = hidden.masked_fill(~self._counted[:, self._told :, None], 0)
         given, graph = session.adopt(given, self._logprobs, not attentive)  # after the prompt, which says whether there is padding
         for count in range(self._limit):
             if count and graph is not None:
@@ -100,10 +102,10 @@ class Loop:
                 answer = answer.masked_fill(behind, self._options.pad_token_id)
             logprobs = session.logprobs[:, :made].masked_fill(behind, 0) if self._logprobs else None
         # Made outside of inference mode, so that the caller may do with them what he likes.
-        sequences = torch.cat((self._ids, answer), 1)
+        sequences = torch.cat((self._ids[:, self._told :], answer), 1)
         logprobs = None if logprobs is None else logprobs.clone()
         return Generated(sequences, self.lengths.clone(), logprobs, None if logprobs is None else logprobs.sum(-1),
-                         *(None if steps is None else torch.stack(steps[:made], 1) for steps in (self._logits, self._scores)),
+                         *(torch.stack(steps[:made], 1) if steps and made else None for steps in (self._logits, self._scores)),
                          self._hidden)
 
     def _choose(self, given: rules.Given, logits: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class FixedLayer(StaticLayer):
 
     def __init__(self, max_cache_len: int, places: torch.Tensor, lengths: torch.Tensor, narrow: Narrow | None = None) -> None:
         super().__init__(max_cache_len)
-        self.places, self.lengths, self.stepping, self.narrow = places, lengths, False, narrow
+        self.places, self.lengths, self.stepping, self.narrow, self.read = places, lengths, False, narrow, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self.narrow is not None:
@@ -77,25 +77,30 @@ class FixedLayer(StaticLayer):
             super().lazy_initialization(key_states, value_states)
         self.is_initialized = True
 
-    def rewind(self) -> None:
-        """Forgets what is there. A layer that counts as new lets a prompt attend to itself alone, without the rest of the buffer."""
-        self.is_initialized = self.stepping = False
-        self.cumulative_length.zero_()
+    def rewind(self, kept: int = 0) -> None:
+        """Forgets all but the first `kept` tokens. A layer that counts as new lets a prompt attend to itself alone."""
+        self.stepping, self.is_initialized, self.read = False, kept > 0, kept
+        self.cumulative_length.fill_(kept)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object,
                **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.stepping and self.narrow is None:
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        places, count = self.places, key_states.shape[2]
-        if not self.stepping:
+        if self.stepping:
+            self._store(key_states, value_states, self.places)
+            return self.keys, self.values
+        count = key_states.shape[2]
+        if self.narrow is None:
+            super().update(key_states, value_states, *args, **kwargs)
+        else:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
             places = (torch.arange(count, device=key_states.device) + self.cumulative_length).expand(len(key_states), -1)
+            self._store(key_states, value_states, places)
             self.cumulative_length.add_(count)
-        new, kept = ((keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in (
-            (key_states, value_states), (self.keys, self.values)))
-        ops.append_kv(*new, *kept, places, **_scales(self.narrow))
-        return self.keys, self.values
+        self.read += count
+        return (key_states, value_states) if self.read == count else self.first(self.read, key_states.dtype)
+
+    def _store(self, k: torch.Tensor, v: torch.Tensor, places: torch.Tensor) -> None:
+        ops.append_kv(*(t.transpose(1, 2) for t in (k, v, self.keys, self.values)), places, **_scales(self.narrow))
 
     def first(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B,Hkv,length,D] of the first tokens."""
@@ -106,6 +111,9 @@ class FixedLayer(StaticLayer):
 
     def get_seq_length(self) -> torch.Tensor | int:
         return self.places[0, 0] if self.stepping else super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length) if self.stepping else (self.read + query_length, 0)
 
 
 class PagedLayer(DynamicLayer):
@@ -175,7 +183,7 @@ def attend(spec: BlockSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c
             cache.prefetch_stream.wait_stream(torch.cuda.current_stream(k.device))
         keys, values = (t.transpose(1, 2) for t in cache.update(k.transpose(1, 2), v.transpose(1, 2), index))
         filled = _filled(cache.layers[index], keys.shape[1])
-        if keys.dtype is not k.dtype and not fresh:
+        if keys.dtype is not k.dtype:
             keys, values = cache.layers[index].narrow.widened(keys, values, k.dtype)
     if not is_rows(mask):
         return ops.attention(q, keys, values, scale=spec.scale, bias=additive(mask, q.dtype))
@@ -234,7 +242,7 @@ def _all_of(cache: Cache, keys: torch.Tensor) -> torch.Tensor:
 
 def _filled(layer: DynamicLayer | StaticLayer, returned: int) -> torch.Tensor | None:
     """How much of the `returned` keys is filled, for a buffer that is not full; None if all are to be seen."""
-    if not isinstance(layer, StaticLayer):
+    if not isinstance(layer, StaticLayer) or isinstance(layer, FixedLayer):
         return None
     if not layer.is_sliding:
         return layer.cumulative_length

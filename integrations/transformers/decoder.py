@@ -20,12 +20,15 @@ KEPT = 0.1  # of a device's memory that a cache may take while nothing is genera
 
 
 class CausalDecoder:
-    """A patched decoder with a cache of its own: static where a step is captured, otherwise one that grows."""
+    """A patched decoder with a cache of its own: static where a step is captured, or where it `stays`, otherwise one that grows.
 
-    def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
+    kept: how many of the next prompt's tokens it has read already, if its cache stays; set by whoever knows.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: int, capacity: int, stays: bool = False) -> None:
         self._model, config = weakref.ref(model), model.config.get_text_config(decoder=True)
         self.device, self.words, self.config = model.device, config.vocab_size, config
-        self._fixed = fixed(model) or cache_dtype(model) is not None
+        self._fixed = stays or fixed(model) or cache_dtype(model) is not None
         self.capturable = fixed(model) and model.device.type == "cuda"
         with torch.inference_mode(False):
             self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
@@ -33,7 +36,7 @@ class CausalDecoder:
             self._rows = torch.zeros((batch, 1, 1, capacity), dtype=model.dtype, device=model.device)
             self._places = torch.zeros((batch, 1), dtype=torch.int32, device=model.device)
             self._lengths = torch.zeros(batch, dtype=torch.int32, device=model.device)
-        self._padded, self._length, self._cache = False, 0, None
+        self._padded, self._length, self._cache, self.kept = False, 0, None, 0
         if self._fixed:
             self._cache = self._fixed_cache(capacity)
 
@@ -59,10 +62,10 @@ class CausalDecoder:
         positions = self._begin(ids, mask, positions)
         if self._fixed:
             for layer in self._cache.layers:
-                layer.rewind()
+                layer.rewind(self.kept)
         else:
             self._cache = DynamicCache(config=self.config)
-        logits = self._run(ids, mask if self._padded else None, positions, logits_to_keep=1)
+        logits = self._run(ids[:, self.kept :], mask if self._padded else None, positions[:, self.kept :], logits_to_keep=1)
         if self._fixed:
             self._lengths.fill_(self._length)
             for layer in self._cache.layers:
@@ -117,8 +120,7 @@ class SeveralDecoder(CausalDecoder):
     """Reads `several` tokens a row in a step, of which each row keeps its own number; the next step writes over the others."""
 
     def __init__(self, model: PreTrainedModel, batch: int, capacity: int, several: int) -> None:
-        super().__init__(model, batch, capacity)
-        self._fixed = True
+        super().__init__(model, batch, capacity, True)
         with torch.inference_mode(False):
             self._places = torch.zeros((batch, several), dtype=torch.int32, device=self.device)
             self._ahead = torch.arange(several, dtype=torch.int32, device=self.device)
@@ -156,8 +158,8 @@ def _watched(module: torch.nn.Module) -> bool:
     return "_hf_hook" in module.__dict__ or any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)
 
 
-def unfit(model: object) -> str | None:
-    """Why the loop cannot run this model, or None."""
+def unfit(model: object, stays: bool = False) -> str | None:
+    """Why the loop cannot run this model, or not over a cache that `stays` whatever the device, or None."""
     if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
         return "it is no decoder with a language modelling head"
     layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
@@ -166,13 +168,19 @@ def unfit(model: object) -> str | None:
     unserved = next((layer._ftops.reason for layer in layers if layer._ftops.block is None), None)
     if unserved is not None:
         return f"a layer is not served: {unserved}"
-    if cache_dtype(model) is not None and len({layer._ftops.device for layer in layers}) > 1:
-        return "an 8-bit cache (kv_cache) of a model that is spread over devices"
+    if (stays or cache_dtype(model) is not None) and len({layer._ftops.device for layer in layers}) > 1:
+        return "it is spread over devices, and a cache that is kept or has 8 bits cannot be"
     return None if all(layer._ftops.block.spec.causal for layer in layers) else "its attention is not causal"
 
 
 def _plain(model: PreTrainedModel, batch: int, capacity: int) -> Session:
     return Session(CausalDecoder(model, batch, capacity), batch, capacity)
+
+
+def fingerprint(model: PreTrainedModel) -> tuple[object, ...]:
+    """What a graph takes for granted: addresses of weights, layers as they are, and nobody's hooks, which a replay would not call."""
+    return (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), fixed(model), model.training, model.dtype,
+            cache_dtype(model), *(module._ftops.disturbed() for module in model.modules() if isinstance(module, FusedLayer)))
 
 
 @contextmanager
@@ -181,9 +189,7 @@ def session(model: PreTrainedModel, batch: int, length: int, make: Make = _plain
 
     make: how a new one is made, by which those of one `kind` are. One whose cache takes more than KEPT of the memory is not kept.
     """
-    # What a graph has taken for granted: addresses of weights, layers as they are, and nobody's hooks, which a replay would not call.
-    now = (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), fixed(model), model.training, model.dtype,
-           cache_dtype(model), kind, *(module._ftops.disturbed() for module in model.modules() if isinstance(module, FusedLayer)))
+    now = fingerprint(model), kind
     kept = _SESSIONS.pop(model, [])
     found = next((one for seen, one in kept
                   if seen == now and one.batch == batch and length <= one.capacity <= max(2 * length, STEP)), None)

@@ -35,8 +35,8 @@ def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: to
         return _looked_up(model, input_ids, attention_mask, more, progress, options)
     running = stream(model, input_ids, attention_mask, return_logprobs=return_logprobs, return_logits=return_logits,
                      return_hidden_states=return_hidden_states, **options)
-    most = _most(Options(max_new_tokens=options.get("max_new_tokens", Options.max_new_tokens)))
-    for _ in track(running, "generating", most) if progress else running:
+    longest = most(Options(max_new_tokens=options.get("max_new_tokens", Options.max_new_tokens)))
+    for _ in track(running, "generating", longest) if progress else running:
         pass
     made = running.result()
     return made if more else made.sequences
@@ -44,7 +44,7 @@ def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: to
 
 def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, more: bool, progress: bool,
                options: dict[str, Any]) -> torch.Tensor:
-    parsed = _checked(model, ids, mask, options)
+    parsed = checked(model, ids, mask, options, streamed=False)
     drafts, counted = parsed.prompt_lookup_num_tokens, torch.ones_like(ids, dtype=torch.bool)
     asked = rules.build(parsed, ids, counted, model.config.get_text_config(decoder=True).vocab_size).keys() - SERVED
     if drafts > MOST or asked or more or parsed.processors or parsed.criteria or parsed.stop:
@@ -54,9 +54,9 @@ def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | N
     def make(model: PreTrainedModel, batch: int, capacity: int) -> LookupSession:
         return LookupSession(SeveralDecoder(model, batch, capacity, 1 + drafts), batch, capacity, drafts)
 
-    with session(model, len(ids), ids.shape[1] + _most(parsed) + 1 + drafts, make, ("lookup", drafts)) as one:
+    with session(model, len(ids), ids.shape[1] + most(parsed) + 1 + drafts, make, ("lookup", drafts)) as one:
         loop = LookupLoop(one, parsed, ids, mask)
-        for _ in track(loop, "generating", _most(parsed), lambda: int(loop.lengths.max())) if progress else loop:
+        for _ in track(loop, "generating", most(parsed), lambda: int(loop.lengths.max())) if progress else loop:
             pass
         return loop.result().sequences
 
@@ -64,18 +64,19 @@ def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | N
 def stream(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, return_logprobs: bool = False,
            return_logits: bool = False, return_hidden_states: bool = False, **options: Any) -> Stream:
     """See `ftops.stream`."""
-    parsed = _checked(model, input_ids, attention_mask, options)
-    if parsed.prompt_lookup_num_tokens:
-        raise ValueError("generate: prompt_lookup_num_tokens is given, with which rows do not advance together; leave it out where tokens "
-                         "are streamed")
+    parsed = checked(model, input_ids, attention_mask, options)
     return Stream(
-        session(model, len(input_ids), input_ids.shape[1] + _most(parsed)),
+        session(model, len(input_ids), input_ids.shape[1] + most(parsed)),
         lambda one: Loop(one, parsed, input_ids, attention_mask, logprobs=return_logprobs, logits=return_logits,
                          hidden_states=return_hidden_states))
 
 
-def _checked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> Options:
-    """Everything that can be wrong with a call. Ids of end and padding come from the model's generation_config unless given."""
+def checked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any], *,
+            streamed: bool = True) -> Options:
+    """Everything that can be wrong with a call. Ids of end and padding come from the model's generation_config unless given.
+
+    streamed: rows have to advance together.
+    """
     reason = unfit(model)
     if reason is not None:
         raise ValueError(f"generate: {type(model).__name__} cannot be served: {reason}")
@@ -91,14 +92,17 @@ def _checked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | Non
     parsed = parse(given, len(ids), model.config.get_text_config(decoder=True).vocab_size)
     if parsed.pad_token_id is None and parsed.eos:
         parsed = parse({**given, "pad_token_id": parsed.eos[0]}, len(ids), model.config.get_text_config(decoder=True).vocab_size)
+    if streamed and parsed.prompt_lookup_num_tokens:
+        raise ValueError("generate: prompt_lookup_num_tokens is given, with which rows do not advance together; leave it out where tokens "
+                         "are streamed")
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest and ids.shape[1] + _most(parsed) > longest:
-        raise ValueError(f"generate: input_ids of {ids.shape[1]} tokens and max_new_tokens {_most(parsed)} exceed the {longest} positions "
+    if longest and ids.shape[1] + most(parsed) > longest:
+        raise ValueError(f"generate: input_ids of {ids.shape[1]} tokens and max_new_tokens {most(parsed)} exceed the {longest} positions "
                          "of this model; shorten one of them")
     return parsed
 
 
-def _most(options: Options) -> int:
+def most(options: Options) -> int:
     return int(options.max_new_tokens.max()) if isinstance(options.max_new_tokens, torch.Tensor) else options.max_new_tokens
 
 
@@ -117,7 +121,7 @@ class Generating(Swapped):
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
                                    streamer=streamer, **model_kwargs)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-        with session(self, len(input_ids), input_ids.shape[1] + _most(options)) as one:
+        with session(self, len(input_ids), input_ids.shape[1] + most(options)) as one:
             loop = Loop(one, options, input_ids, mask, positions, counted(input_ids, logits_processor), **_kept(generation_config))
             for tokens in loop:
                 if streamer is not None:
@@ -149,7 +153,7 @@ class Generating(Swapped):
         def make(model: PreTrainedModel, batch: int, capacity: int) -> BeamSession:
             return BeamSession(BeamCausalDecoder(model, batch, capacity, beams.beams), batch, capacity, beams)
 
-        with session(self, len(input_ids), input_ids.shape[1] + _most(options), make, beams) as one:
+        with session(self, len(input_ids), input_ids.shape[1] + most(options), make, beams) as one:
             # What transformers fills with: pad_token_id, unless that is 0 or None.
             one.fill_with((options.pad_token_id or options.eos[0]) if options.eos else 0)
             loop = Loop(one, options, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"),
