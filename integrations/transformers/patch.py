@@ -1,4 +1,4 @@
-"""patch, unpatch and report: model -> plan (pure, printable) -> apply.
+"""patch and unpatch: model -> plan (pure, printable) -> apply.
 
 A plan names modules by path and holds nothing of the model, so it survives copies. What was done is written on the modules
 themselves: their class, and on every transformers model the attention implementation that it had before.
@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -25,13 +23,13 @@ from ftops.integrations.transformers.generate import Generating, restore_generat
 from ftops.integrations.transformers.layer import FusedLayer, examine, restore_layer, swap_layer
 from ftops.integrations.transformers.leaves import FusedNorm, NormState, examine_norm, is_norm, restore_norm, swap_norm
 from ftops.integrations.transformers.quantizer import QuantConfig, quantize
+from ftops.integrations.transformers.report import REGISTRY, check_model
 from ftops.integrations.transformers.swap import offloaded
-from ftops.quant.module import Quantized, QuantizedLinear
+from ftops.quant.module import Quantized
 from ftops.report import Report, Row
 
 _LOG = logging.getLogger("ftops")
 CACHES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what kv_cache may be
-REGISTRY = "ops.attention, through transformers' registry"
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def patch(model: nn.Module, *, quant: str | QuantConfig | None = None, kv_cache:
 
 def unpatch(model: nn.Module) -> nn.Module:
     """See `ftops.unpatch`."""
-    _check_model("unpatch", model)
+    check_model("unpatch", model)
     formats = sorted({module.format for module in model.modules() if isinstance(module, Quantized)})
     if formats:
         _LOG.warning("unpatch: layers, attention and generate are the original's again; its linear layers stay %s, since their weights "
@@ -105,55 +103,9 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
-def report(model: nn.Module) -> Report:
-    """See `ftops.report`."""
-    _check_model("report", model)
-    done: Plan | None = model.__dict__.get("_ftops_plan")
-    kept = {step.path: step for step in done.steps if step.swap is None} if done else {}
-    rows, families, inside, alike = [], [], None, {}
-    for path, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, FusedLayer):
-            families.append(module._ftops.arch.name)
-            inside = f"{path}." if path else ""
-            rows.append(Row(path, kind, f"ftops block ({families[-1]})", module._ftops.reason or "", _counts(module._ftops.fallbacks),
-                            *_quantised(module)))
-        elif isinstance(module, Quantized) and (inside is None or not path.startswith(inside)):
-            alike.setdefault((re.sub(r"\b\d+\b", "*", path), module.qw.name), (len(rows), []))[1].append(module)
-        elif isinstance(module, FusedNorm):
-            rows.append(Row(path, kind, f"ops.{module._ftops.op}", "", _counts(module._ftops.fallbacks)))
-        elif "_ftops_attention" in module.__dict__:
-            rows.append(Row(path, kind, REGISTRY, "", _counts(module._ftops_attention.fallbacks)))
-        elif path in kept:
-            rows.append(Row(path, kind, None, kept[path].reason))
-    for (path, _), (place, modules) in reversed(alike.items()):
-        count = f" ({len(modules)})" if len(modules) > 1 else ""
-        kind = type(modules[0])
-        rows.insert(place, Row(path + count, kind.__name__, "quantised " + ("linear" if kind is QuantizedLinear else "embedding"), "", (),
-                               *_quantised(*modules)))
-    return Report(type(model).__name__, families[0] if families else None, tuple(rows))
-
-
-def _quantised(*modules: nn.Module) -> tuple[str, tuple[int, int]]:
-    """The formats of the quantised weights in the modules, and their bytes before and after."""
-    weights = [part.qw for module in modules for part in module.modules() if isinstance(part, Quantized)]
-    before = sum(qw.shape[0] * qw.shape[1] * qw.dtype.itemsize for qw in weights)
-    return " and ".join(sorted({qw.name for qw in weights})), (before, sum(qw.nbytes for qw in weights))
-
-
-def _counts(fallbacks: Counter[str]) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(fallbacks.items()))
-
-
-def _check_model(function: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model is a {type(model).__name__}; pass a torch.nn.Module, "
-                        "such as AutoModelForCausalLM.from_pretrained gives")
-
-
 def _check(model: object, **options: object) -> None:
     """Everything that can be wrong with a call of patch, before anything is changed."""
-    _check_model("patch", model)
+    check_model("patch", model)
     meaning = {"tp": "tensor parallelism", "pp": "pipeline parallelism"}
     for name, value in options.items():
         if value is not None:
