@@ -17,10 +17,12 @@ from typing import Literal
 import torch
 
 from ftops import ops
+from ftops.ops.gated_activation import GLU
 from ftops.quant import FORMATS, QuantizedWeight
 
 # attend(q[B,S,H,D], k[B,S,Hkv,D], v) -> [B,S,H,D]: the caller's, because it knows where earlier keys are kept and what is hidden.
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+GATED = {kind: gated for gated, kind in GLU.items()}
 Freqs = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -155,6 +157,4 @@ class Block:
 
     def _mlp(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         spec, w = self.spec, self.weights
-        if spec.gated:
-            return w.down(ops.gated_activation(w.up(x), spec.activation), residual=residual)
-        return w.down(w.up(x, activation=spec.activation), residual=residual)
+        return w.down(w.up(x, activation=GATED[spec.activation] if spec.gated else spec.activation), residual=residual)

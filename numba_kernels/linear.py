@@ -1,5 +1,8 @@
 """linear on the GPU for few rows of x: out = act(x W^T + bias) + residual, one pass over the weights W[N, K] as they lie. sm_80 and up.
 
+Gated, W is gate and up, one behind the other, and out = act(gate) * up + residual: a tile is then 8 rows of each, so that both sums of a
+result meet in one block.
+
 W is 16 bits, or int8 or float8 e4m3 with a scale a row. A block takes 16 rows of W and `batch` of x at a time, and splits K over its warps
 (see linear_tile.py); a warp copies 128 or 256 neighbouring bytes of a row at once, which the memory serves a sixth faster than 64. On
 sm_90 the first bytes are asked into L2 while the kernel before still runs; the copies themselves wait for its end, so that weights which
@@ -9,13 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numba import cuda
 
-from ftops.numba_kernels import ptx
+from ftops.numba_kernels import ptx, tuned
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.linear_dequantise import make_rows
@@ -23,10 +26,13 @@ from ftops.numba_kernels.linear_tile import STAGE_K, X_ROW_BYTES, aligned_x, for
 from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
 
 TILE_ROWS = 16  # of W a block takes at a time
+GATED_ROWS = 16  # gate and up together are a multiple of this
 PIECE_BYTES = 64  # of a row that the four lanes t of a fragment load at once
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 RESIDENT_WARPS = 16  # of a multiprocessor, by registers
 BATCHES = {"16-bit": (8, 16), "int8": (8, 16, 32), "e4m3": (8, 16, 32)}
+OPS = {"16-bit": "linear", "int8": "linear_w8a16", "e4m3": "linear_fp8"}
+TUNED = (4, 2), (4, 3), (4, 4), (8, 2), (2, 4)  # warps and stages that `ftops tune` measures where a block has the memory
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,12 @@ def pick(kind: str, dtype: str, rows: int) -> Config:
     return Config(kind, dtype, batch, stages=3 if kind != "16-bit" and batch <= 16 else 2)
 
 
+def candidates(kind: str, dtype: str, rows: int) -> list[Config]:
+    """What `ftops tune` measures: what `pick` takes, and the same with other warps and stages."""
+    first = pick(kind, dtype, rows)
+    return [first, *(other for warps, stages in TUNED if (other := replace(first, warps=warps, stages=stages)) != first)]
+
+
 def make(config: Config) -> Callable:
     item, warps, stages, batch, stage_bytes = config.item, config.warps, config.stages, config.batch, config.stage_bytes
     batch_tiles, warp_bytes, last_stage, row_bytes, step_k = batch // 8, stages * stage_bytes, stages - 1, STAGE_K * item, STAGE_K * warps
@@ -84,13 +96,18 @@ def make(config: Config) -> Callable:
     finish = make_finish(config.dtype, batch, TILE_ROWS, warps)
 
     @cuda.jit(device=True, forceinline=True)
-    def copy(stage_sh, w_gl, jump, below, left):
-        """STAGE_K values of k of the tile's rows; zeros beyond K. Rows past the last, `below`, are its copies and not stored."""
+    def copy(stage_sh, w_gl, jump, to_up, below, left):
+        """STAGE_K values of k of the tile's rows; zeros beyond K. Rows past the last, `below`, are its copies and not stored.
+
+        to_up: bytes between the tile's first half and its second, beyond those of neighbours.
+        """
         size = np.uint32(16 if left > 0 else 0)
         for i in range(TILE_ROWS // rows_at_once):
             ptx.cp_async_16(np.int32(stage_sh + rows_at_once * row_bytes * i), w_gl, size)
             if rows_at_once * (i + 1) <= below:
                 w_gl += jump
+            if rows_at_once * (i + 1) == TILE_ROWS // 2:
+                w_gl += to_up
 
     @cuda.jit(device=True, forceinline=True)
     def load_x(p, x_at, x):
@@ -113,17 +130,20 @@ def make(config: Config) -> Callable:
             mma(acc, place + 8, a[0], a[1], a[2], a[3], x[at + 2 * x_words], x[at + 2 * x_words + 1])
             mma(acc, place + 12, a[0], a[1], a[2], a[3], x[at + 3 * x_words], x[at + 3 * x_words + 1])
 
-    def linear(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, w_stride, residual_stride, rows, N, K, width, form, linear,
-               cubic):
+    def linear(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, w_stride, residual_stride, rows, N, K, width, half, form,
+               linear, cubic):
         shared_sh = np.int32(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
         g, t, row, column = lane >> 2, lane & 3, lane // lanes_a_row, lane % lanes_a_row
         first, apart = np.int32(TILE_ROWS * np.int32(cuda.blockIdx.y)), np.int32(TILE_ROWS * np.int32(cuda.gridDim.y))
         first_x, w_row = np.int32(batch * np.int32(cuda.blockIdx.x)), np.int64(w_stride * item)
-        w_gl = np.int64(w_gl)
+        # Of a gated tile, rows 8 to 15 are those of up, `half` rows of W behind the gate's.
+        w_gl, gated, apart_rows = np.int64(w_gl), np.int32(half > 0), np.int32(max(half - TILE_ROWS // 2, start))
+        to_up = w_row * apart_rows
         if thread < TILE_ROWS and first + thread < N:
-            ptx.prefetch_l2_bulk(w_gl + w_row * (first + thread), min(width * item, stages * step_bytes))
+            behind = to_up if thread >= TILE_ROWS // 2 else np.int64(0)
+            ptx.prefetch_l2_bulk(w_gl + w_row * ((first >> gated) + thread) + behind, min(width * item, stages * step_bytes))
         steps, jump = np.int32((width - STAGE_K * warp + step_k - 1) >> step_shift), rows_at_once * w_row
         own_left = np.int32(width - STAGE_K * warp - lane_k * column)
         w_begin = w_gl + row_bytes * warp + 16 * column  # of row 0
@@ -142,7 +162,7 @@ def make(config: Config) -> Callable:
             acc[i] = zero
         # What is copied next: its tile, stages of it that are left, and where.
         copied, waiting, below = first, max(steps, start), np.int32(N - 1 - first - row)
-        w_gl, x_gl, left, left_k = w_begin + w_row * min(first + row, N - 1), x_begin, own_left, own_k
+        w_gl, x_gl, left, left_k = w_begin + w_row * min((first >> gated) + row, N - 1), x_begin, own_left, own_k
         ptx.wait_for_primary()
         ptx.launch_dependents()
         filling, using, parity, begin = start, start, start, np.int32(-last_stage)  # steps below 0 only copy
@@ -150,14 +170,14 @@ def make(config: Config) -> Callable:
             for step in range(begin, steps):
                 ptx.warp_sync()  # every lane has read the stage that is filled now
                 if waiting > 0:
-                    copy(np.int32(copy_sh + filling), w_gl, jump, below, left)
+                    copy(np.int32(copy_sh + filling), w_gl, jump, to_up, below, left)
                     copy_x(np.int32(copy_x_sh + filling), x_gl, x_jump, x_count, np.int32(x_count - odd), left_k)
                     w_gl, x_gl, left, left_k = w_gl + step_bytes, x_gl + x_step, np.int32(left - step_k), np.int32(left_k - step_k)
                     filling, waiting = start if filling == last_sh else np.int32(filling + stage_bytes), np.int32(waiting - 1)
                     if waiting == 0:
                         copied = np.int32(copied + apart)
                         waiting, below = steps if copied < N else start, np.int32(N - 1 - copied - row)
-                        w_gl, x_gl, left, left_k = w_begin + w_row * min(copied + row, N - 1), x_begin, own_left, own_k
+                        w_gl, x_gl, left, left_k = w_begin + w_row * min((copied >> gated) + row, N - 1), x_begin, own_left, own_k
                 ptx.cp_async_commit()
                 if step < 0:
                     continue
@@ -181,12 +201,12 @@ def make(config: Config) -> Callable:
                 for r in range(4):
                     acc[4 * j + r] += acc[second + 4 * j + r]
             if scaled:
-                upper = ptx.ld_written_f32(np.int64(scale_gl) + 4 * min(first + g, N - 1))
-                lower = ptx.ld_written_f32(np.int64(scale_gl) + 4 * min(first + g + 8, N - 1))
+                upper = ptx.ld_written_f32(np.int64(scale_gl) + 4 * min((first >> gated) + g, N - 1))
+                lower = ptx.ld_written_f32(np.int64(scale_gl) + 4 * min((first >> gated) + g + 8 + apart_rows, N - 1))
                 for j in range(batch_tiles):
                     acc[4 * j], acc[4 * j + 1] = acc[4 * j] * upper, acc[4 * j + 1] * upper
                     acc[4 * j + 2], acc[4 * j + 3] = acc[4 * j + 2] * lower, acc[4 * j + 3] * lower
-            finish(acc, np.int32(shared_sh + sums_offset + parity), thread, first, first_x, rows, N, np.int64(bias_gl),
+            finish(acc, np.int32(shared_sh + sums_offset + parity), thread, first, first_x, rows, N, half, np.int64(bias_gl),
                    np.int64(residual_gl), residual_stride, np.int64(out_gl), form, linear, cubic)
             parity = np.int32(sums_bytes - parity)
             for i in range(n_acc):
@@ -198,7 +218,7 @@ def make(config: Config) -> Callable:
 
 def spec(config: Config, shared_bytes: int = 0) -> Spec:
     """shared_bytes above what is needed keep further blocks from a multiprocessor."""
-    return Spec(make, config, "ppppppllliiiiiff", threads=32 * config.warps,
+    return Spec(make, config, "ppppppllliiiiiiff", threads=32 * config.warps,
                 shared_bytes=max(shared_bytes, config.shared_bytes), dependent=True)
 
 
@@ -211,27 +231,40 @@ def variants() -> Iterator[Spec]:
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor, max_rows: int) -> bool:
-    """Whether this kernel can take x[..., K], of 16 bits and up to max_rows rows, and weight[N, width]: its rows whole 16-byte accesses."""
+    """Whether this kernel is taken for x[..., K] and weight[N, width]: it can, and was the fastest, or, unmeasured, up to max_rows rows."""
+    if not can_serve(x, weight):
+        return False
+    rows, kind = x.numel() // x.shape[-1], KINDS.get(weight.dtype, "16-bit")
+    return tuned.takes("linear", (OPS[kind], x.dtype, *weight.shape), rows, rows <= max_rows, x.device.index)
+
+
+def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """x of 16 bits, the rows of the weight whole 16-byte accesses."""
     width = weight.shape[1]
     stride, dense = weight.stride()
-    return (0 < x.numel() <= max_rows * x.shape[-1] and x.dtype is not torch.float32 and weight.shape[0] > 0 and dense == 1
+    return (x.numel() > 0 and x.dtype is not torch.float32 and weight.shape[0] > 0 and dense == 1
             and not ((width | stride) * weight.element_size() | weight.data_ptr()) & 15)
 
 
 @functools.cache
-def _kernel(kind: str, dtype: torch.dtype, rows: int, N: int, device: int) -> tuple[Kernel, int, int]:
+def _kernel(kind: str, dtype: torch.dtype, rows: int, N: int, width: int, device: int,
+            config: Config | None = None) -> tuple[Kernel, int, int]:
     """(kernel, blocks for x, blocks for W)."""
-    config = pick(kind, DTYPE_NAME[dtype], min(rows, BATCHES[kind][-1]))
+    if config is None:
+        offered = candidates(kind, DTYPE_NAME[dtype], rows)
+        config = tuned.chosen(tuned.problem(OPS[kind], dtype, N, width), rows, device, "linear", offered) or offered[0]
     blocks_x = -(-rows // config.batch)
     blocks, shared_bytes = spread(-(-N // TILE_ROWS), blocks_x, config.shared_bytes, RESIDENT_WARPS // config.warps, device)
     return load(spec(config, shared_bytes), device), blocks_x, blocks
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
-           residual: torch.Tensor | None) -> torch.Tensor:
-    """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32."""
+           residual: torch.Tensor | None, gated: bool = False, config: Config | None = None) -> torch.Tensor:
+    """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32. gated: N a multiple of 16. config: in place of what is
+    picked."""
     (N, width), rows = weight.shape, x.numel() // x.shape[-1]
-    out = x.new_empty((*x.shape[:-1], N))
+    half = N // 2 if gated else 0
+    out = x.new_empty((*x.shape[:-1], half or N))
     x, x_stride, K = aligned_x(x, rows)
     bias_at = scale_at = residual_at = residual_stride = 0
     if scales is not None:
@@ -242,7 +275,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, b
     if residual is not None:
         residual, residual_stride = rows_of(residual)
         residual_at = residual.data_ptr()
-    kernel, blocks_x, blocks = _kernel(KINDS.get(weight.dtype, "16-bit"), x.dtype, rows, N, x.device.index)
+    kernel, blocks_x, blocks = _kernel(KINDS.get(weight.dtype, "16-bit"), x.dtype, rows, N, width, x.device.index, config)
     kernel(blocks_x, blocks, 1, x.data_ptr(), weight.data_ptr(), scale_at, bias_at, residual_at, out.data_ptr(), x_stride, weight.stride(0),
-           residual_stride, rows, N, K, width, *form_of(activation))
+           residual_stride, rows, N, K, width, half, *form_of(activation))
     return out

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numba import cuda
 
-from ftops.numba_kernels import ptx
+from ftops.numba_kernels import ptx, tuned
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.linear_dequantise import ONE, ZERO, make_int4, subtracts
@@ -25,6 +25,7 @@ TILE_ROWS, PIECE_K, PIECES = 32, 32, 4  # rows of W a block; values of k a piece
 WEIGHT_BYTES = 2048  # of a stage
 BATCHES = (8, 16, 32)
 RESIDENT_WARPS = 16  # of a multiprocessor, by registers
+TUNED = (8, 2), (8, 3), (4, 2), (4, 3), (2, 2), (2, 4)  # warps and stages that `ftops tune` measures where a block has the memory
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ def pick(dtype: str, rows: int, group_size: int) -> Config:
     batch = next((batch for batch in BATCHES if batch >= rows), BATCHES[-1])
     records = 4 if group_size < 128 else 1
     return Config(dtype, batch, records, {8: 8 if records == 1 else 4, 16: 4, 32: 2}[batch])
+
+
+def candidates(dtype: str, rows: int, group_size: int) -> list[Config]:
+    """What `ftops tune` measures: what `pick` takes, and the same with other warps and stages."""
+    first = pick(dtype, rows, group_size)
+    return [first, *(other for warps, stages in TUNED if (other := replace(first, warps=warps, stages=stages)) != first)]
 
 
 def make_piece(config: Config) -> Callable:
@@ -233,7 +240,7 @@ def make(config: Config) -> Callable:
                 multiply(1, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
                 multiply(2, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
                 multiply(3, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
-            finish(acc, np.int32(shared_sh + sums_offset + parity), thread, np.int32(TILE_ROWS * tile), first_x, rows, N, np.int64(bias_gl),
+            finish(acc, np.int32(shared_sh + sums_offset + parity), thread, np.int32(TILE_ROWS * tile), first_x, rows, N, start, np.int64(bias_gl),
                    np.int64(residual_gl), residual_stride, np.int64(out_gl), form, linear, cubic)
             parity = np.int32(sums_bytes - parity)
             for i in range(n_acc):
@@ -257,19 +264,36 @@ def variants() -> Iterator[Spec]:
                 yield spec(pick(dtype, rows, group_size))
 
 
+def op_of(group_size: int) -> str:
+    """In names of what `ftops tune` has measured."""
+    return f"linear_w4a16 g{group_size}"
+
+
+def serves(x: torch.Tensor, features: int, group_size: int, max_rows: int) -> bool:
+    """Whether this kernel is taken for x[..., K] of 16 bits: it was the fastest, or, unmeasured, up to max_rows rows."""
+    K = x.shape[-1]
+    rows = x.numel() // K
+    return rows > 0 and tuned.takes("linear_w4a16", (op_of(group_size), x.dtype, features, K), rows, rows <= max_rows, x.device.index)
+
+
 @functools.cache
-def _kernel(dtype: torch.dtype, rows: int, tiles: int, group_size: int, device: int) -> tuple[Kernel, int, int]:
+def _kernel(dtype: torch.dtype, rows: int, features: int, K: int, group_size: int, device: int,
+            config: Config | None = None) -> tuple[Kernel, int, int]:
     """(kernel, blocks for x, blocks for W)."""
-    config = pick(DTYPE_NAME[dtype], min(rows, BATCHES[-1]), group_size)
+    tiles = -(-features // TILE_ROWS)
+    if config is None:
+        offered = candidates(DTYPE_NAME[dtype], rows, group_size)
+        config = tuned.chosen(tuned.problem(op_of(group_size), dtype, features, K), rows, device, "linear_w4a16", offered) or offered[0]
     blocks_x = -(-rows // config.batch)
     blocks, shared_bytes = spread(tiles, blocks_x, config.shared_bytes, RESIDENT_WARPS // config.warps, device)
     return load(spec(config, shared_bytes), device), blocks_x, blocks
 
 
 def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
-           residual: torch.Tensor | None) -> torch.Tensor:
-    """packed [tiles, pieces, 32, 4]; scales [tiles, groups, 8, 4], or [..., 2] with zero points."""
-    rows, (tiles, count) = x.numel() // x.shape[-1], packed.shape[:2]
+           residual: torch.Tensor | None, config: Config | None = None) -> torch.Tensor:
+    """packed [tiles, pieces, 32, 4]; scales [tiles, groups, 8, 4], or [..., 2] with zero points. config: in place of what is picked."""
+    columns, (tiles, count) = x.shape[-1], packed.shape[:2]
+    rows = x.numel() // columns
     out = x.new_empty((*x.shape[:-1], features))
     x, x_stride, K = aligned_x(x, rows)
     bias_at = residual_at = residual_stride = 0
@@ -280,7 +304,7 @@ def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features
         residual, residual_stride = rows_of(residual)
         residual_at = residual.data_ptr()
     group_pieces = count // scales.shape[1]
-    kernel, blocks_x, blocks = _kernel(x.dtype, rows, tiles, PIECE_K * group_pieces, x.device.index)
+    kernel, blocks_x, blocks = _kernel(x.dtype, rows, features, columns, PIECE_K * group_pieces, x.device.index, config)
     kernel(blocks_x, blocks, 1, x.data_ptr(), packed.data_ptr(), scales.data_ptr(), bias_at, residual_at, out.data_ptr(), x_stride,
            residual_stride, rows, features, K, tiles, count, group_pieces, 8 if scales.dim() == 4 else 16, *form_of(activation))
     return out

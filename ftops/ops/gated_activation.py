@@ -1,6 +1,7 @@
 """The gated activation of a transformer's MLP: y = act(x[..., :I]) * x[..., I:].
 
-Shazeer, "GLU Variants Improve Transformer", 2020. The input is what one fused gate-and-up linear gives.
+Shazeer, "GLU Variants Improve Transformer", 2020. The input is what one fused gate-and-up linear gives, which may as well do it itself:
+its `activation` is then one of GLU.
 """
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ import torch
 from ftops.op import Case, check_tensors, invalid, register, straight
 from ftops.ops.bias_activation import ACTIVATIONS
 from ftops.samples import randn
+
+GLU = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu", "quick_geglu": "quick_gelu"}
 
 
 def reference(x: torch.Tensor, kind: str) -> torch.Tensor:

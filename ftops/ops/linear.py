@@ -1,5 +1,6 @@
 """A linear layer with what follows it: y = act(x W^T + bias) + residual.
 
+act may be gated, swiglu and its like: W is then gate and up, one behind the other, and y = act(gate) * up + residual has N / 2 columns.
 Few rows of x read the weights at memory speed in one kernel of ours; more rows, float32 and weights whose rows do not start on 16 bytes
 go to the library (cuBLAS on a GPU), activation and residual after it.
 """
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 
 from ftops.op import Case, check_tensors, invalid, register, straight
 from ftops.ops.bias_activation import ACTIVATIONS, bias_activation
+from ftops.ops.gated_activation import GLU, gated_activation
+from ftops.ops.gated_activation import reference as gated_reference
 from ftops.samples import randn
 
 MAX_ROWS = 16  # of x that the kernel is for
@@ -22,37 +25,62 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
               residual: torch.Tensor | None) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-    y = ACTIVATIONS[activation](y) if activation else y
+    if activation in GLU:
+        y = gated_reference(y, GLU[activation])
+    elif activation:
+        y = ACTIVATIONS[activation](y)
     return (y if residual is None else y + residual.to(wide)).to(x.dtype)
 
 
 def library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
             residual: torch.Tensor | None) -> torch.Tensor:
     """By the library's matmul. With an activation its kernel adds the bias on a GPU; on a CPU the library does so in passing."""
-    late = activation is not None and x.is_cuda
+    late = activation in ACTIVATIONS and x.is_cuda
     return followed(F.linear(x, weight, None if late else bias), bias if late else None, activation, residual).contiguous()
 
 
 def followed(y: torch.Tensor, bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
     """A product and what follows it."""
-    if activation is not None:
+    if activation in ACTIVATIONS:
         y = bias_activation(y, bias, activation)
     elif bias is not None:
         y = y + bias
+    if activation in GLU:
+        y = gated_activation(y, GLU[activation])
     return y if residual is None else y + residual
 
 
 def _cuda() -> Callable[..., Any]:
-    from ftops.numba_kernels.linear import launch, serves
+    from ftops.numba_kernels.linear import serves
+    few_rows = make_few_rows()
 
     def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return launch(x, weight, None, *rest) if serves(x, weight, MAX_ROWS) else library(x, weight, *rest)
+        return few_rows(x, weight, None, *rest) if serves(x, weight, MAX_ROWS) else library(x, weight, *rest)
     return linear
 
 
-def fake(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
-    """Of any linear op whose weights [N, ...] come second."""
-    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+def make_few_rows() -> Callable[..., torch.Tensor]:
+    """few_rows(x, weight, scales, bias, activation, residual): by the kernel that reads weights of 16 or 8 bits once."""
+    from ftops.numba_kernels.linear import GATED_ROWS, launch
+
+    def few_rows(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
+                 residual: torch.Tensor | None) -> torch.Tensor:
+        if activation not in GLU:
+            return launch(x, weight, scales, bias, activation, residual)
+        if weight.shape[0] % GATED_ROWS:
+            return followed(launch(x, weight, scales, bias, None, None), None, activation, residual)
+        return launch(x, weight, scales, bias, GLU[activation], residual, gated=True)
+    return few_rows
+
+
+def fake(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Of any linear op whose weights [N, ...] come second, and activation and residual last."""
+    return torch.empty((*x.shape[:-1], columns(weight.shape[0], rest[-2])), dtype=x.dtype, device=x.device)
+
+
+def columns(N: int, activation: str | None) -> int:
+    """Of the result."""
+    return N // 2 if activation in GLU else N
 
 
 LINEAR = register("linear(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
@@ -68,18 +96,22 @@ def check_beside_weight(op: str, x: torch.Tensor, N: int, K: int, bias: torch.Te
         raise invalid(op, "x.shape", tuple(shape), f"[..., {K}], the weight's last dimension")
     if bias is not None and bias.shape != (N,):
         raise invalid(op, "bias.shape", tuple(bias.shape), f"({N},), the weight's first dimension")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise invalid(op, "activation", repr(activation), f"None, {', '.join(ACTIVATIONS)}")
-    if residual is not None and residual.shape != (*shape[:-1], N):
-        raise invalid(op, "residual.shape", tuple(residual.shape), f"{(*shape[:-1], N)}, the result's shape")
+    if activation is not None and activation not in ACTIVATIONS and activation not in GLU:
+        raise invalid(op, "activation", repr(activation), f"None, {', '.join((*ACTIVATIONS, *GLU))}")
+    if activation in GLU and N % 2:
+        raise invalid(op, "activation", repr(activation), f"one without a gate, since the weight's {N} rows are not gate and up")
+    if residual is not None and residual.shape != (*shape[:-1], columns(N, activation)):
+        raise invalid(op, "residual.shape", tuple(residual.shape), f"{(*shape[:-1], columns(N, activation))}, the result's shape")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, activation: str | None = None,
            residual: torch.Tensor | None = None) -> torch.Tensor:
     """act(x W^T + bias) + residual for x[..., K], weight[N, K], bias[N] and residual[..., N]; the result [..., N] is contiguous.
 
-    activation: None, silu, gelu, gelu_tanh, relu or quick_gelu. All of one dtype (float32, float16, bfloat16; sums in float32), any
-    strides. On a GPU, 16-bit weights with up to 16 rows of x are read at memory speed if K and the rows' stride are multiples of 8.
+    activation: None, silu, gelu, gelu_tanh, relu or quick_gelu; or swiglu, geglu, geglu_tanh, reglu or quick_geglu, which are act of the
+    first half of the columns times the second: result and residual are then [..., N / 2]. All of one dtype (float32, float16, bfloat16;
+    sums in float32), any strides. On a GPU, 16-bit weights with up to 16 rows of x are read at memory speed if K and the rows' stride are
+    multiples of 8.
     Raises ValueError.
     """
     check_tensors("linear", x=x, weight=weight, bias=bias, residual=residual)
@@ -95,7 +127,7 @@ def cases() -> Iterator[Case]:
             K = shape[-1]
             given: dict[str, Any] = {"activation": options.get("activation")}
             if options.get("residual"):
-                given["residual"] = randn((*shape[:-1], N), device, dtype)
+                given["residual"] = randn((*shape[:-1], columns(N, given["activation"])), device, dtype)
             bias = randn((N,), device, dtype) if options.get("bias") else None
             return (randn(shape, device, dtype), randn((N, K), device, dtype, K ** -0.5), bias), given
         return Case(name, make)
@@ -105,6 +137,10 @@ def cases() -> Iterator[Case]:
     yield case("most", (16, 2200), 64, residual=True)
     yield case("everything", (3, 5, 768), 96, bias=True, activation="gelu", residual=True)
     yield case("many", (40, 512), 200, bias=True, activation="silu", residual=True)
+    yield case("gated", (1, 1, 4096), 96, activation="swiglu")
+    yield case("gated_everything", (9, 520), 112, bias=True, activation="geglu", residual=True)
+    yield case("gated_odd", (3, 64), 42, bias=True, activation="reglu")
+    yield case("gated_many", (40, 512), 96, bias=True, activation="geglu_tanh", residual=True)
     yield case("tile_ends", (9, 1, 1032), 33)
     yield case("odd", (2, 111), 7, bias=True)
     yield case("vector", (256,), 48, activation="relu")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ftops.op import Case, register, straight
-from ftops.ops.linear import fake, followed, library
+from ftops.ops.linear import columns, fake, followed, library, make_few_rows
 from ftops.ops.linear import reference as linear_reference
 from ftops.ops.linear_w8a16 import check_8bit
 from ftops.samples import randn
@@ -39,13 +39,14 @@ def _library(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest:
 
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.launch import capability
-    from ftops.numba_kernels.linear import launch, serves
+    from ftops.numba_kernels.linear import serves
     from ftops.numba_kernels.quantise_rows import launch as quantise
+    few_rows = make_few_rows()
 
     def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
                residual: torch.Tensor | None) -> torch.Tensor:
         if serves(x, values, MAX_ROWS):
-            return launch(x, values, scales, bias, activation, residual)
+            return few_rows(x, values, scales, bias, activation, residual)
         N, width = values.shape
         eight_bits = capability(x.device.index) >= (8, 9) and not (N | width) % 16 and values.is_contiguous()
         if not eight_bits or x.dtype is torch.float32 or not x.numel():
@@ -81,7 +82,7 @@ def cases() -> Iterator[Case]:
             values = torch.nn.functional.pad(torch.randn(N, K) * 100, (0, -K % 16)).clamp(-448, 448).to(FP8)
             scales = (torch.rand(N) + 0.5) / (100 * K ** 0.5)
             return (randn(shape, device, dtype), values.to(device), scales.to(device), randn((N,), device, dtype) if bias else None), {
-                "activation": activation, "residual": randn((*shape[:-1], N), device, dtype) if residual else None}
+                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None}
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)
@@ -90,4 +91,6 @@ def cases() -> Iterator[Case]:
     yield case("many", (70, 256), 96, bias=True, residual=True)
     yield case("many_odd", (5, 20, 200), 33, bias=True, activation="relu")
     yield case("k_ends", (9, 1000), 33)
+    yield case("gated", (2, 1, 768), 96, bias=True, activation="swiglu", residual=True)
+    yield case("gated_many", (70, 256), 64, activation="geglu")
     yield case("empty", (0, 64), 8, bias=True)

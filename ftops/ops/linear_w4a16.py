@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
-from ftops.ops.linear import check_beside_weight, followed, library
+from ftops.ops.gated_activation import GLU
+from ftops.ops.linear import check_beside_weight, columns, followed, library
 from ftops.ops.linear import reference as linear_reference
 from ftops.packing import PIECE_K, dequantise_4bit, described, pack_4bit, pack_groups, tiles_of
 from ftops.samples import randn
@@ -40,13 +41,16 @@ def _cpu(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: 
 
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.dequantise import launch as dequantise
-    from ftops.numba_kernels.linear_w4a16 import launch
+    from ftops.numba_kernels.linear_w4a16 import launch, serves
 
     def linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
         K = x.shape[-1]
         if x.dtype is torch.float32:
             return _library(x, packed, scales, features, *rest)
-        if 0 < x.numel() <= MAX_ROWS * K:
+        if serves(x, features, PIECE_K * packed.shape[1] // scales.shape[1], MAX_ROWS):
+            bias, activation, residual = rest
+            if activation in GLU:  # gate and up are in tiles of their own
+                return followed(launch(x, packed, scales, features, bias, None, None), None, activation, residual)
             return launch(x, packed, scales, features, *rest)
         return library(x, dequantise(packed, scales, features, K), *rest)
     return linear
@@ -54,7 +58,7 @@ def _cuda() -> Callable[..., Any]:
 
 def _fake(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
           residual: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
+    return torch.empty((*x.shape[:-1], columns(features, activation)), dtype=x.dtype, device=x.device)
 
 
 LINEAR_W4A16 = register("linear_w4a16(Tensor x, Tensor packed, Tensor scales, int features, Tensor? bias, str? activation, "
@@ -96,7 +100,7 @@ def cases() -> Iterator[Case]:
                 scales = torch.stack((scales, torch.randint(16, scales.shape)), -1)
             weight = pack_4bit(q, group_size).to(device), pack_groups(scales).to(device, dtype), (N, K)
             return (randn(shape, device, dtype), *weight, randn((N,), device, dtype) if bias else None), {
-                "activation": activation, "residual": randn((*shape[:-1], N), device, dtype) if residual else None}
+                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None}
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)
@@ -108,6 +112,8 @@ def cases() -> Iterator[Case]:
     yield case("k_ends", (9, 1000), 33, zeros=True)
     yield case("odd", (2, 111), 7, bias=True)
     yield case("row_odd", (1, 1000), 70, 64, zeros=True, activation="relu")
+    yield case("gated", (2, 1, 768), 96, bias=True, activation="swiglu", residual=True)
+    yield case("gated_many", (70, 256), 64, activation="geglu")
     yield case("empty", (0, 64), 8, 64, bias=True)
     yield Case("columns", lambda device, dtype: (
         (randn((4, 512), device, dtype)[:, 124:380], pack_4bit(torch.randint(16, (48, 256), dtype=torch.uint8), 128).to(device),

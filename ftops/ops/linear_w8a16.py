@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
-from ftops.ops.linear import check_beside_weight, fake, followed, library
+from ftops.ops.linear import check_beside_weight, columns, fake, followed, library, make_few_rows
 from ftops.ops.linear import reference as linear_reference
 from ftops.packing import described
 from ftops.samples import randn
@@ -54,10 +54,11 @@ def _cpu(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torc
 
 
 def _cuda() -> Callable[..., Any]:
-    from ftops.numba_kernels.linear import launch, serves
+    from ftops.numba_kernels.linear import serves
+    few_rows = make_few_rows()
 
     def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return (launch if serves(x, values, MAX_ROWS) else _library)(x, values, scales, *rest)
+        return (few_rows if serves(x, values, MAX_ROWS) else _library)(x, values, scales, *rest)
     return linear
 
 
@@ -100,7 +101,7 @@ def cases() -> Iterator[Case]:
             values = torch.nn.functional.pad(torch.randint(-128, 128, (N, K), dtype=torch.int8), (0, -K % 16))
             scales = (torch.rand(N) + 0.5) / (100 * K ** 0.5)
             return (randn(shape, device, dtype), values.to(device), scales.to(device), randn((N,), device, dtype) if bias else None), {
-                "activation": activation, "residual": randn((*shape[:-1], N), device, dtype) if residual else None}
+                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None}
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)
@@ -110,4 +111,6 @@ def cases() -> Iterator[Case]:
     yield case("k_ends", (9, 1000), 33)
     yield case("odd", (2, 111), 7, bias=True)
     yield case("row_odd", (1, 111), 7, bias=True, activation="relu")
+    yield case("gated", (2, 1, 768), 96, bias=True, activation="swiglu", residual=True)
+    yield case("gated_many", (70, 256), 64, activation="geglu")
     yield case("empty", (0, 64), 8, bias=True)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ftops.op import Case, check_beside, invalid, register, straight
-from ftops.ops.linear import fake
+from ftops.ops.gated_activation import GLU
+from ftops.ops.linear import columns, fake, followed
 from ftops.ops.linear_w8a16 import LINEAR_W8A16, MAX_ROWS, check_8bit
 from ftops.ops.linear_w8a16 import reference as w8a16_reference
 from ftops.packing import described
@@ -44,7 +45,11 @@ def _cuda() -> Callable[..., Any]:
         if not many or (N | width) % 16 or not values.is_contiguous():
             return LINEAR_W8A16(smoothed(x, smooth), values, scales, *rest)
         x8, x_scales = quantise(x, torch.int8, smooth)
-        return scale_product(torch._int_mm(x8, values.t()), x_scales, scales, x.dtype, *rest).view(*x.shape[:-1], N)
+        product, (bias, activation, residual) = torch._int_mm(x8, values.t()), rest
+        if activation in GLU:
+            y = scale_product(product, x_scales, scales, x.dtype, bias, None, None).view(*x.shape[:-1], N)
+            return followed(y, None, activation, residual)
+        return scale_product(product, x_scales, scales, x.dtype, *rest).view(*x.shape[:-1], N)
     return linear
 
 
@@ -75,10 +80,10 @@ def cases() -> Iterator[Case]:
         def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
             K = shape[-1]
             values = torch.nn.functional.pad(torch.randint(-127, 128, (N, K), dtype=torch.int8), (0, -K % 16)).to(device)
-            scales, columns = (torch.rand(N) + 0.5) / (100 * K ** 0.5), torch.rand(K) + 0.5
-            return (randn(shape, device, dtype), values, scales.to(device), columns.to(device) if smooth else None,
+            scales, smoothing = (torch.rand(N) + 0.5) / (100 * K ** 0.5), torch.rand(K) + 0.5
+            return (randn(shape, device, dtype), values, scales.to(device), smoothing.to(device) if smooth else None,
                     randn((N,), device, dtype) if bias else None), {
-                "activation": activation, "residual": randn((*shape[:-1], N), device, dtype) if residual else None}
+                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None}
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)
@@ -86,4 +91,6 @@ def cases() -> Iterator[Case]:
     yield case("many", (70, 256), 96, bias=True, residual=True)
     yield case("many_everything", (5, 20, 200), 80, smooth=True, bias=True, activation="silu", residual=True)
     yield case("many_odd", (80, 111), 33, smooth=True, bias=True, activation="relu")
+    yield case("gated", (2, 1, 768), 96, bias=True, activation="swiglu", residual=True)
+    yield case("gated_many", (70, 256), 64, activation="geglu")
     yield case("empty", (0, 64), 8, bias=True)

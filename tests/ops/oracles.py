@@ -69,10 +69,16 @@ def bias_activation(x, bias, kind):
     return ACTIVATIONS[kind](x if bias is None else x + bias)
 
 
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu", "quick_geglu": "quick_gelu"}
+
+
 def linear(x, weight, bias=None, *, activation=None, residual=None):
     y = x @ weight.T
     y = y if bias is None else y + bias
-    y = y if activation is None else ACTIVATIONS[activation](y)
+    if activation in GATED:
+        y = gated_activation(y, GATED[activation])
+    elif activation is not None:
+        y = ACTIVATIONS[activation](y)
     return y if residual is None else y + residual
 
 

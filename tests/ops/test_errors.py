@@ -106,6 +106,7 @@ WRONG = [
     ("linear_w8a8", {"values": zeros(5, 8)}, ["values", "torch.float32 (5, 8)", "int8 [N, K]"]),
     ("linear_w8a8", {"scales": zeros(1)}, ["scales", "(1,)", "(5,)"]),
     ("linear_w8a8", {"smooth": zeros(8, dtype=F16)}, ["smooth", "torch.float16 (8,)", "float32 (8,)"]),
+    ("linear", {"weight": zeros(5, 8), "activation": "swiglu"}, ["activation", "'swiglu'", "5 rows are not gate and up"]),
     ("linear_fp8", {"values": zeros(5, 8)}, ["values", "torch.float32 (5, 8)", "float8_e4m3fn [N, K]"]),
     ("linear_fp8", {"scales": zeros(5, dtype=F16)}, ["scales", "torch.float16 (5,)", "float32 (5,)"]),
     ("linear_w8a16", {"values": zeros(5, 8)}, ["values", "torch.float32 (5, 8)", "int8 [N, K]"]),
