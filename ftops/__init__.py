@@ -91,7 +91,7 @@ def load(folder: str | _Path, *, device: str | torch.device | None = None) -> to
 
 def report(model: torch.nn.Module) -> Report:
     """What `patch` did to each module of `model`, what was kept and why, and how often a layer fell back to its original."""
-    from ftops.integrations.transformers.patch import report as implementation
+    from ftops.integrations.transformers.report import report as implementation
     return implementation(model)
 
 
