@@ -80,7 +80,7 @@ class Graphs:
 
 
 class Batch:
-    """`rows` requests of `capacity` tokens at most. `news` [3,rows] float64: last token, whether it is the last, its log-probability.
+    """`rows` requests of fewer than `capacity` tokens. `news` [3,rows] float64: last token, whether it is the last, its log-probability.
 
     Only `forward`, `choose` and `read` are much work; no method waits for the device.
     """
@@ -153,9 +153,8 @@ class Batch:
         tokens = rules.draw(given, rules.penalised(given, logits, ids, filled, drawn), drawn)
         if logprobs:
             self.news[2, :size] = torch.log_softmax(logits.float(), -1).gather(1, tokens[:, None])[:, 0]
-        # A row that is none goes on counting.
-        ids.scatter_(1, filled.clamp(max=ids.shape[1] - 1)[:, None], tokens[:, None])
-        filled.add_(1)
+        ids.scatter_(1, filled[:, None], tokens[:, None])
+        filled.add_(1).clamp_(max=ids.shape[1] - 1)  # a row that is no request goes on counting
         drawn.add_(1)
         self.tokens[:size].copy_(tokens[:, None])
         rules.remember(given, tokens)

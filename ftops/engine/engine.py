@@ -191,7 +191,7 @@ class Engine:
             prompt, answer = tokens[None, : request.prompt], tokens[request.prompt:]
             given = rules.build(handle.options, prompt, torch.ones_like(prompt, dtype=torch.bool), self._decoder.words)
             given.pop("pad", None)
-            for token in answer.split(1):  # of one that was put back
+            for token in answer[:, None]:  # of one that was put back
                 rules.remember(given, token)
             handle.row, handle.names = len(self._rows), frozenset(given)
             self._rows.append(handle)
