@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.environments import ROOT, run
+from tests.packaging.environments import ROOT, environment, install, run
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +31,11 @@ def wheel(checkout: Path) -> Path:
     assert len(list((checkout / "dist").glob("*.tar.gz"))) == 1
     (made,) = (checkout / "dist").glob("*.whl")
     return made
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The python and the site-packages of an environment with the wheel in it."""
+    python, site = environment(tmp_path_factory.mktemp("installed") / "venv")
+    install(python, wheel)
+    return python, site
