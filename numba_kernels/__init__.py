@@ -16,6 +16,7 @@ KERNELS = (
     "gated_activation",
     "layer_norm",
     "linear",
+    "linear_sm90",
     "linear_w4a16",
     "quantise_rows",
     "rms_norm",

@@ -34,8 +34,8 @@ def make(config: Config) -> Callable:
     give, take, wait_0 = hopper.SETMAXNREG["dec", 40], hopper.SETMAXNREG["inc", 232], hopper.WGMMA_WAIT[0]
     produce, place_w, multiply, (end, end_shared) = make_produce(config), make_place(config), make_multiply(config), make_finish(config)
 
-    def linear_sm90(w_map, x_map, scale_gl, bias_gl, residual_gl, out_gl, residual_stride, rows, features, steps, splits, wide, form, linear,
-                    cubic):
+    def linear_sm90(w_map, x_map, scale_gl, bias_gl, residual_gl, out_gl, residual_stride, rows, features, steps, splits, wide, form,
+                    linear, cubic):
         base = np.uint32((ptx.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00))
         thread = np.uint32(cuda.threadIdx.x)
         w_tensor, x_tensor = hopper.tensor_map(w_map), hopper.tensor_map(x_map)
@@ -96,8 +96,8 @@ def make(config: Config) -> Callable:
                 end(acc, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl, wide != 0, form, linear,
                     cubic)
             else:
-                end_shared(acc, base, block, blocks, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl,
-                           wide != 0, form, linear, cubic)
+                end_shared(acc, base, block, blocks, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride,
+                           out_gl, wide != 0, form, linear, cubic)
             tile = np.uint32(tile + apart)
 
     return linear_sm90

@@ -13,7 +13,7 @@ from ftops.numba_kernels.linear_sm90_config import CHUNK, FEATURES, GROUP, Confi
 
 @cuda.jit(device=True, forceinline=True)
 def place(tile, of_features, of_rows):
-    """(tile of features, tile of rows) number `tile`: GROUP tiles of features with the first rows, with the next, ..., then the next group."""
+    """(tile of features, tile of rows) number `tile`: GROUP tiles of features with the first rows, with the next, ..., the next GROUP."""
     first = np.uint32(ptx.div_u32(tile, np.uint32(GROUP) * of_rows) * np.uint32(GROUP))
     there = np.uint32(min(np.uint32(GROUP), np.uint32(of_features - first)))
     rest = np.uint32(tile - first * of_rows)

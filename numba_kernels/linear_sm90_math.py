@@ -226,8 +226,8 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
             residual_at, out_at = end_part(acc, 24, row, residual_at, out_at, others)
 
     @cuda.jit(device=True, forceinline=True)
-    def end_shared(acc, base, block, blocks, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl, wide,
-                   form, linear, cubic):
+    def end_shared(acc, base, block, blocks, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl,
+                   wide, form, linear, cubic):
         mine = np.uint32(base + np.uint32(16) * np.uint32(cuda.threadIdx.x))
         hopper.bar_sync(np.uint32(1), consumers)  # the other warpgroup's products have read the stages, too
         for j in range(tiles):

@@ -17,6 +17,8 @@ from ftops.numba_kernels import (
     gated_activation,
     layer_norm,
     linear,
+    linear_sm90,
+    linear_sm90_config,
     linear_w4a16,
     quantise_rows,
     rms_norm,
@@ -56,6 +58,10 @@ def picked(name: str) -> Iterator[Spec]:
         yield from (rotary.spec(rotary.pick(dtype, vec, interleaved)) for dtype, _, vec in rows() for interleaved in (False, True))
     elif name == "linear":
         yield from (linear.spec(linear.pick(kind, dtype, rows)) for kind in linear.BATCHES for dtype in HALVES for rows in range(1, 100))
+    elif name == "linear_sm90":
+        yield from (linear_sm90.spec(linear_sm90_config.pick(kind, dtype, rows, features, depth, multiprocessors))
+                    for kind in linear_sm90_config.COLUMNS for dtype in HALVES for rows in (17, 32, 64, 65, 128, 256, 257, 1024, 2048, 8192)
+                    for features, depth in ((6144, 4096), (28672, 4096), (4096, 14336), (1, 8)) for multiprocessors in (132, 78))
     elif name == "rotary_append":
         yield from (rotary_append.spec(rotary_append.Config(dtype, vec)) for dtype, _, vec in rows())
     elif name == "sample":
@@ -90,8 +96,8 @@ def test_every_problem_has_a_listed_variant(name):
 
 
 @pytest.mark.parametrize("name", [
-    "rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "rotary_append", "linear", "linear_w4a16",
-    "sample"])
+    "rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "rotary_append", "linear", "linear_sm90",
+    "linear_w4a16", "sample"])
 def test_every_listed_variant_is_for_some_problem(name):
     """A variant that is never asked for costs compile time on every machine."""
     assert [spec.name for spec in variants_of(name) if spec not in set(picked(name))] == []

@@ -1,0 +1,136 @@
+"""The linear for many rows on Hopper, each tile and each number of blocks that share a k, whatever the op would take."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ftops.ops.bias_activation import ACTIVATIONS
+from tests.accuracy import assert_accurate, in_float64
+from tests.ops.test_gpu import CUDA, HALVES, poisoned
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="a kernel of sm_90a")]
+NARROW = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+TILES = [(kind, columns) for kind, numbers in {"16-bit": (64, 128, 256), "int8": (64, 256), "e4m3": (64,)}.items() for columns in numbers]
+# rows, N, K and what follows the product
+SIZES = {
+    "row": (1, 128, 64, {}),
+    "few": (17, 200, 1000, {"bias": True}),
+    "odd": (65, 131, 520, {"bias": True, "activation": "gelu", "residual": True}),
+    "pairs": (33, 130, 264, {"residual": True}),
+    "rows_end": (257, 132, 4096, {"bias": True, "activation": "silu", "residual": True}),
+    "one_step": (300, 1, 8, {"bias": True, "activation": "relu"}),
+    "llama": (2048, 6144, 4096, {"residual": True}),
+    "long": (129, 640, 14336, {"activation": "gelu_tanh"}),
+    "many_tiles": (8192, 1288, 256, {"bias": True}),
+}
+
+
+def poison(rows: int, columns: int, stride: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """Normal values, with NaN between the rows."""
+    whole = torch.full((rows, stride), float("nan"), device=CUDA, dtype=dtype)
+    whole[:, :columns] = torch.randn(rows, columns, device=CUDA) * scale
+    return whole[:, :columns]
+
+
+def sample(kind: str, dtype: torch.dtype, rows: int, N: int, K: int, options: dict) -> tuple:
+    """(x, weight as it is stored, its scales, bias, residual, activation, weight in float64)."""
+    x, bias, residual = poison(rows, K, -(-K // 8) * 8 + 16, dtype), None, None
+    if kind == "16-bit":
+        weight, scales = poison(N, K, -(-K // 8) * 8 + 8, dtype, K ** -0.5), None
+        exact = weight.double()
+    else:
+        values = torch.nn.functional.pad(torch.randn(N, K, device=CUDA) * 60, (0, -K % 16)).clamp(-128, 127)
+        weight, scales = values.to(NARROW[kind]), (torch.rand(N, device=CUDA) + 0.5) / (60 * K ** 0.5)
+        exact = weight[:, :K].double() * scales.double().unsqueeze(1)
+    if options.get("bias"):
+        bias = torch.randn(N, device=CUDA, dtype=dtype)
+    if options.get("residual"):
+        residual = poison(rows, N, N + 5 * (N % 2) + 8, dtype)
+    return x, weight, scales, bias, residual, options.get("activation"), exact
+
+
+def run(sampled: tuple, picked: tuple) -> torch.Tensor:
+    from ftops.numba_kernels.linear_sm90_launch import launch
+    x, weight, scales, bias, residual, activation, _ = sampled
+    with poisoned():
+        return launch(x, weight, scales, bias, activation, residual, picked)
+
+
+def check(ours: torch.Tensor, sampled: tuple) -> None:
+    x, _, _, bias, residual, activation, exact = sampled
+
+    def formula(x, weight, bias, residual):
+        y = torch.nn.functional.linear(x, weight, bias)
+        y = ACTIVATIONS[activation](y) if activation else y
+        return y if residual is None else y + residual
+
+    assert_accurate(ours, formula(*in_float64((x, exact, bias, residual))), formula(x, exact.to(x.dtype), bias, residual))
+    assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", **HALVES)
+@pytest.mark.parametrize(("kind", "columns"), TILES)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_tile(size, kind, columns, dtype):
+    from ftops.numba_kernels.linear_sm90_config import Config
+    rows, N, K, options = SIZES[size]
+    sampled = sample(kind, dtype, rows, N, K, options)
+    check(run(sampled, (Config(kind, str(dtype)[6:], columns), 1)), sampled)
+
+
+@pytest.mark.parametrize("splits", [2, 4, 8])
+@pytest.mark.parametrize(("kind", "columns"), TILES)
+@pytest.mark.parametrize("size", ["one_step", "odd", "rows_end", "long"])
+def test_blocks_that_share_a_k(size, kind, columns, splits):
+    from ftops.numba_kernels.linear_sm90_config import Config
+    rows, N, K, options = SIZES[size]
+    sampled = sample(kind, torch.bfloat16, rows, N, K, options)
+    check(run(sampled, (Config(kind, "bfloat16", columns), splits)), sampled)
+
+
+@pytest.mark.parametrize("kind", ["16-bit", "int8", "e4m3"])
+@pytest.mark.parametrize("rows", [17, 64, 300, 1024])
+def test_what_is_picked(rows, kind):
+    for N, K in ((6144, 4096), (4096, 14336), (1280, 8192)):
+        sampled = sample(kind, torch.bfloat16, rows, N, K, {"residual": True})
+        check(run(sampled, None), sampled)
+
+
+@pytest.mark.parametrize(("kind", "columns"), TILES)
+@pytest.mark.parametrize("splits", [1, 4])
+def test_the_same_bits_each_time(splits, kind, columns):
+    """Where blocks and warps might race."""
+    from ftops.numba_kernels.linear_sm90_config import Config
+    sampled = sample(kind, torch.bfloat16, 300, 700, 2048, {"bias": True, "residual": True})
+    picked = Config(kind, "bfloat16", columns), splits
+    first = run(sampled, picked)
+    check(first, sampled)
+    for _ in range(250):
+        assert torch.equal(run(sampled, picked), first)
+
+
+def test_after_a_kernel_that_writes_its_inputs_and_in_a_graph():
+    """The launch may begin before the kernel before it has ended: nothing may be read until then."""
+    from ftops.numba_kernels.linear_sm90_config import Config
+    picked = Config("16-bit", "bfloat16", 64), 2
+    given, used = (sample("16-bit", torch.bfloat16, 40, 256, 4096, {"bias": True, "residual": True}) for _ in range(2))
+    expected = run(given, picked)
+
+    def refresh() -> torch.Tensor:
+        for to, value in zip(used[:6], given[:6], strict=True):
+            if isinstance(to, torch.Tensor):
+                to.copy_(value)
+        return run(used, picked)
+
+    assert torch.equal(refresh(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = refresh()
+    for _ in range(20):
+        for to in used[:5]:
+            if to is not None:
+                to.fill_(float("nan"))
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
