@@ -46,7 +46,7 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-def mixed(count: int, seed: int, longest: int = 40, most: int = 18) -> list[tuple[list[int], dict[str, Any]]]:
+def mixed(count: int, seed: int, longest: int = 24, most: int = 18) -> list[tuple[list[int], dict[str, Any]]]:
     """Prompts, a third of which begin alike, and options."""
     chance = random.Random(seed)
     beginnings = [[chance.randrange(3, VOCABULARY) for _ in range(longest)] for _ in range(3)]

@@ -65,7 +65,7 @@ def test_every_answer_is_its_lone_answer(ahead, monkeypatch):
         monkeypatch.setattr(batch, "Graphs", Plain)
         monkeypatch.setattr(engines, "fixed", lambda _: True)
     requests, chance = mixed(200, seed=1), random.Random(1)
-    with ftops.Engine(model(), max_requests=12, cache_tokens=128, page_size=4, chunk=24) as engine:
+    with ftops.Engine(model(), max_requests=12, cache_tokens=100, page_size=2, chunk=24) as engine:
         handles = [engine.submit(prompt, **options) for prompt, options in requests]
         cancelled = {number: chance.randrange(6) for number in chance.sample(range(200), 60)}
         read: dict[int, list[int]] = {}
