@@ -47,14 +47,12 @@ class LookupSession(Session):
         return logits
 
     @torch.inference_mode()
-    def choose(self, given: Given, logits: torch.Tensor, logprobs: bool) -> None:
+    def choose(self, given: Given, logits: torch.Tensor, logprobs: bool) -> torch.Tensor:
         """Draws at every place of logits[B, 1 + D, V], or after the prompt [B,V], and keeps what the drafts have foreseen."""
         first = logits.dim() == 2
         ahead = self._ahead[:1] if first else self._ahead
         number = self.made[:, None] + ahead
-        filters = {name: given[name].repeat_interleave(len(ahead)) for name in ("top_k", "top_p", "min_p", "typical_p") if name in given}
-        tokens = ops.sample(logits.view(-1, logits.shape[-1]), temperature=given["temperature"].repeat_interleave(len(ahead)),
-                            seed=given["seed"].repeat_interleave(len(ahead)), offset=number.flatten(), **filters).view(number.shape)
+        tokens = draw(given, logits, number)
         foreseen = (tokens[:, :-1] == self.tokens[:, 1 : len(ahead)]).long().cumprod(-1).sum(-1)
         end = number + 1 >= given["limit"][:, None]
         if "eos" in given:
@@ -67,18 +65,26 @@ class LookupSession(Session):
         self.made.add_(counts)
         if not first:
             self.decoder.keep(counts)
-        self.tokens.copy_(torch.cat((tokens.gather(1, last), self._found()), 1))
+        self.tokens.copy_(torch.cat((tokens.gather(1, last), self._drafted(given)), 1))
         self.news[:, : len(ahead)] = tokens
         self.news[:, -2] = counts
         self.news[:, -1] = self.ended
+        return logits
 
-    def _found(self) -> torch.Tensor:
+    def _drafted(self, given: Given) -> torch.Tensor:
         """[B,D]: what followed the last two tokens where they were said last, or else the last one; anything where they are new."""
         place = torch.arange(self.capacity, device=self.ids.device)
         one = (self.ids == self.ids.gather(1, self.at[:, None] - 1)) & (place < self.at[:, None] - 1)
         two = one & (self.ids.roll(1, 1) == self.ids.gather(1, (self.at[:, None] - 2).clamp(min=0))) & (place > 0)
         best = torch.where(two, place + self.capacity, torch.where(one, place, -1)).amax(1) % self.capacity
         return self.ids.gather(1, (best[:, None] + self._ahead[1:]).clamp(max=self.capacity - 1))
+
+
+def draw(given: Given, logits: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """Tokens [B,T] from logits[B,T,V] ([B,V]: T is 1), each by the noise of its number[B,T]."""
+    rows = {name: given[name].repeat_interleave(number.shape[1]) for name in ("temperature", "seed", "top_k", "top_p", "min_p", "typical_p")
+            if name in given}
+    return ops.sample(logits.view(-1, logits.shape[-1]), offset=number.flatten(), **rows).view(number.shape)
 
 
 class LookupLoop(Loop):

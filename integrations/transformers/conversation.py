@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ftops.generation import Generated, Loop, Session, Stream
+from ftops.integrations.transformers.checks import checked, most
 from ftops.integrations.transformers.decoder import CausalDecoder, fingerprint, unfit
-from ftops.integrations.transformers.generate import checked, most
 
 
 class Conversation:

@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from ftops.generation import BeamOptions, BeamSession, Generated, LookupLoop, LookupSession, Loop, Options, Stream, rules
-from ftops.generation.lookup import MOST, SERVED
-from ftops.generation.options import parse
+from ftops.generation import BeamOptions, BeamSession, Generated, Loop, Options, Stream
 from ftops.integrations.transformers.beams import BeamCausalDecoder
-from ftops.integrations.transformers.decoder import SeveralDecoder, fixed, forget, session, unfit
+from ftops.integrations.transformers.checks import checked, most
+from ftops.integrations.transformers.decoder import fixed, forget, session, unfit
+from ftops.integrations.transformers.speculation import speculate
 from ftops.integrations.transformers.swap import Swapped, change_class, original_class, swapped_class
 from ftops.integrations.transformers.translate import counted, translated, unserved
 from ftops.progress import track
@@ -28,11 +28,11 @@ _SAID: set[str] = set()
 
 def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, return_logprobs: bool = False,
              return_logits: bool = False, return_hidden_states: bool = False, progress: bool = False,
-             **options: Any) -> torch.Tensor | Generated:
+             draft_model: PreTrainedModel | None = None, num_draft_tokens: int = 5, **options: Any) -> torch.Tensor | Generated:
     """See `ftops.generate`."""
     more = return_logprobs or return_logits or return_hidden_states
-    if options.get("prompt_lookup_num_tokens"):
-        return _looked_up(model, input_ids, attention_mask, more, progress, options)
+    if draft_model is not None or options.get("prompt_lookup_num_tokens"):
+        return speculate(model, input_ids, attention_mask, options, draft_model, num_draft_tokens, more, progress)
     running = stream(model, input_ids, attention_mask, return_logprobs=return_logprobs, return_logits=return_logits,
                      return_hidden_states=return_hidden_states, **options)
     longest = most(Options(max_new_tokens=options.get("max_new_tokens", Options.max_new_tokens)))
@@ -40,25 +40,6 @@ def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: to
         pass
     made = running.result()
     return made if more else made.sequences
-
-
-def _looked_up(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, more: bool, progress: bool,
-               options: dict[str, Any]) -> torch.Tensor:
-    parsed = checked(model, ids, mask, options, streamed=False)
-    drafts, counted = parsed.prompt_lookup_num_tokens, torch.ones_like(ids, dtype=torch.bool)
-    asked = rules.build(parsed, ids, counted, model.config.get_text_config(decoder=True).vocab_size).keys() - SERVED
-    if drafts > MOST or asked or more or parsed.processors or parsed.criteria or parsed.stop:
-        raise ValueError(f"generate: prompt_lookup_num_tokens is {drafts}; allowed: 1 to {MOST}, without penalties, bias, words to avoid "
-                         "or to stop at, min_new_tokens, top_p that changes, callables, and what return_... asks for")
-
-    def make(model: PreTrainedModel, batch: int, capacity: int) -> LookupSession:
-        return LookupSession(SeveralDecoder(model, batch, capacity, 1 + drafts), batch, capacity, drafts)
-
-    with session(model, len(ids), ids.shape[1] + most(parsed) + 1 + drafts, make, ("lookup", drafts)) as one:
-        loop = LookupLoop(one, parsed, ids, mask)
-        for _ in track(loop, "generating", most(parsed), lambda: int(loop.lengths.max())) if progress else loop:
-            pass
-        return loop.result().sequences
 
 
 def stream(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, return_logprobs: bool = False,
@@ -69,41 +50,6 @@ def stream(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torc
         session(model, len(input_ids), input_ids.shape[1] + most(parsed)),
         lambda one: Loop(one, parsed, input_ids, attention_mask, logprobs=return_logprobs, logits=return_logits,
                          hidden_states=return_hidden_states))
-
-
-def checked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any], *,
-            streamed: bool = True) -> Options:
-    """Everything that can be wrong with a call. Ids of end and padding come from the model's generation_config unless given.
-
-    streamed: rows have to advance together.
-    """
-    reason = unfit(model)
-    if reason is not None:
-        raise ValueError(f"generate: {type(model).__name__} cannot be served: {reason}")
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
-        raise ValueError("generate: input_ids is " + (f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else
-                                                      type(ids).__name__) + "; allowed: int64 [B,S] with at least one token a row")
-    if ids.device != model.device:
-        raise ValueError(f"generate: input_ids is on {ids.device} but the model on {model.device}; move it, input_ids.to(model.device)")
-    if mask is not None and (mask.shape != ids.shape or mask.device != ids.device):
-        raise ValueError(f"generate: attention_mask is {tuple(mask.shape)} on {mask.device}; allowed: {tuple(ids.shape)} on {ids.device}")
-    config = model.generation_config
-    given = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id} | options
-    parsed = parse(given, len(ids), model.config.get_text_config(decoder=True).vocab_size)
-    if parsed.pad_token_id is None and parsed.eos:
-        parsed = parse({**given, "pad_token_id": parsed.eos[0]}, len(ids), model.config.get_text_config(decoder=True).vocab_size)
-    if streamed and parsed.prompt_lookup_num_tokens:
-        raise ValueError("generate: prompt_lookup_num_tokens is given, with which rows do not advance together; leave it out where tokens "
-                         "are streamed")
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest and ids.shape[1] + most(parsed) > longest:
-        raise ValueError(f"generate: input_ids of {ids.shape[1]} tokens and max_new_tokens {most(parsed)} exceed the {longest} positions "
-                         "of this model; shorten one of them")
-    return parsed
-
-
-def most(options: Options) -> int:
-    return int(options.max_new_tokens.max()) if isinstance(options.max_new_tokens, torch.Tensor) else options.max_new_tokens
 
 
 class Generating(Swapped):
