@@ -230,20 +230,26 @@ def variants() -> Iterator[Spec]:
                 yield spec(pick(kind, dtype, rows))
 
 
-def serves(x: torch.Tensor, weight: torch.Tensor, max_rows: int) -> bool:
-    """Whether this kernel is taken for x[..., K] and weight[N, width]: it can, and was the fastest, or, unmeasured, up to max_rows rows."""
-    if not can_serve(x, weight):
-        return False
-    rows, kind = x.numel() // x.shape[-1], KINDS.get(weight.dtype, "16-bit")
-    return tuned.takes("linear", (OPS[kind], x.dtype, *weight.shape), rows, rows <= max_rows, x.device.index)
+def serves(x: torch.Tensor, weight: torch.Tensor, max_rows: int | None) -> bool:
+    """Whether this kernel is taken for x[..., K] and weight[N, width]: it was the fastest, or, unmeasured, up to max_rows rows.
 
-
-def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """x of 16 bits, the rows of the weight whole 16-byte accesses."""
-    width = weight.shape[1]
+    None: whether it can, with x of 16 bits, and rows of the weight that are whole 16-byte accesses.
+    """
+    width, values = weight.shape[1], x.numel()
     stride, dense = weight.stride()
-    return (x.numel() > 0 and x.dtype is not torch.float32 and weight.shape[0] > 0 and dense == 1
+    able = (values > 0 and x.dtype is not torch.float32 and dense == 1 and weight.shape[0] > 0
             and not ((width | stride) * weight.element_size() | weight.data_ptr()) & 15)
+    if not able or max_rows is None:
+        return able
+    K, device = x.shape[-1], x.device.index
+    if device in tuned.UNTUNED:
+        return values <= max_rows * K
+    return _takes(weight.dtype, x.dtype, weight.shape, values // K, max_rows, device)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _takes(kind: torch.dtype, dtype: torch.dtype, shape: tuple[int, int], rows: int, max_rows: int, device: int) -> bool:
+    return tuned.takes("linear", tuned.problem(OPS[KINDS.get(kind, "16-bit")], dtype, *shape), rows, rows <= max_rows, device)
 
 
 @functools.cache
@@ -260,8 +266,8 @@ def _kernel(kind: str, dtype: torch.dtype, rows: int, N: int, width: int, device
 
 def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
            residual: torch.Tensor | None, gated: bool = False, config: Config | None = None) -> torch.Tensor:
-    """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32. gated: N a multiple of 16. config: in place of what is
-    picked."""
+    """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32. gated: N a multiple of 16.
+    config: in place of what is picked."""
     (N, width), rows = weight.shape, x.numel() // x.shape[-1]
     half = N // 2 if gated else 0
     out = x.new_empty((*x.shape[:-1], half or N))

@@ -240,8 +240,8 @@ def make(config: Config) -> Callable:
                 multiply(1, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
                 multiply(2, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
                 multiply(3, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
-            finish(acc, np.int32(shared_sh + sums_offset + parity), thread, np.int32(TILE_ROWS * tile), first_x, rows, N, start, np.int64(bias_gl),
-                   np.int64(residual_gl), residual_stride, np.int64(out_gl), form, linear, cubic)
+            finish(acc, np.int32(shared_sh + sums_offset + parity), thread, np.int32(TILE_ROWS * tile), first_x, rows, N, start,
+                   np.int64(bias_gl), np.int64(residual_gl), residual_stride, np.int64(out_gl), form, linear, cubic)
             parity = np.int32(sums_bytes - parity)
             for i in range(n_acc):
                 acc[i] = zero
@@ -269,11 +269,17 @@ def op_of(group_size: int) -> str:
     return f"linear_w4a16 g{group_size}"
 
 
-def serves(x: torch.Tensor, features: int, group_size: int, max_rows: int) -> bool:
+def serves(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, max_rows: int) -> bool:
     """Whether this kernel is taken for x[..., K] of 16 bits: it was the fastest, or, unmeasured, up to max_rows rows."""
-    K = x.shape[-1]
-    rows = x.numel() // K
-    return rows > 0 and tuned.takes("linear_w4a16", (op_of(group_size), x.dtype, features, K), rows, rows <= max_rows, x.device.index)
+    values, K, device = x.numel(), x.shape[-1], x.device.index
+    if device in tuned.UNTUNED:
+        return 0 < values <= max_rows * K
+    return values > 0 and _takes(PIECE_K * packed.shape[1] // scales.shape[1], x.dtype, features, K, values // K, max_rows, device)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _takes(group_size: int, dtype: torch.dtype, features: int, K: int, rows: int, max_rows: int, device: int) -> bool:
+    return tuned.takes("linear_w4a16", tuned.problem(op_of(group_size), dtype, features, K), rows, rows <= max_rows, device)
 
 
 @functools.cache

@@ -31,6 +31,7 @@ _FORMAT = 1
 LIBRARY = "library"  # the name of PyTorch's own product, cuBLASLt
 ROWS = tuple(2 ** n for n in range(14))  # of x that are measured; others go by the next larger one
 Winners = dict[str, dict[int, str]]  # by problem, then by rows
+UNTUNED: set[int | None] = set()  # devices without a file, as is known since the first question: the others then cost a launch 0.1 us
 
 
 def problem(op: str, dtype: torch.dtype, N: int, K: int) -> str:
@@ -56,10 +57,9 @@ def chosen(problem: str, rows: int, device: int, kernel: str, configs: Iterable[
     return None if name is None else next((config for config in configs if name_of(kernel, config) == name), None)
 
 
-@functools.lru_cache(maxsize=1 << 14)
-def takes(kernel: str, sizes: tuple[str, torch.dtype, int, int], rows: int, untuned: bool, device: int) -> bool:
-    """Whether `kernel` is to serve a problem of these sizes: one of its configurations has won, or nothing was measured and `untuned`."""
-    name = winner(problem(*sizes), rows, device)
+def takes(kernel: str, problem: str, rows: int, untuned: bool, device: int) -> bool:
+    """Whether `kernel` is to serve the problem: one of its configurations has won, or nothing was measured and `untuned`."""
+    name = winner(problem, rows, device)
     return untuned if name is None else name.startswith(f"{kernel}: ")
 
 
@@ -86,21 +86,23 @@ def keep(device: int, measured: Winners) -> Path:
 
 
 def forget() -> None:
-    """The file is read again."""
+    """The file is read again, for what is planned from now on."""
     _winners.cache_clear()
-    takes.cache_clear()
+    UNTUNED.clear()
 
 
 @functools.cache
 def _winners(device: int) -> Winners:
-    path = file_of(gpu_of(device))
+    path, found = file_of(gpu_of(device)), {}
     try:
-        return _checked(path.read_bytes(), _key(gpu_of(device)))
+        found = _checked(path.read_bytes(), _key(gpu_of(device)))
     except FileNotFoundError:
-        return {}
+        pass
     except (OSError, ValueError) as problem:
         _LOG.warning("%s is not used: %s; ftops tune makes it anew", path, problem)
-        return {}
+    if not found:
+        UNTUNED.add(device)
+    return found
 
 
 def _checked(data: bytes, key: Mapping[str, Any]) -> Winners:

@@ -47,7 +47,7 @@ def _cuda() -> Callable[..., Any]:
         K = x.shape[-1]
         if x.dtype is torch.float32:
             return _library(x, packed, scales, features, *rest)
-        if serves(x, features, PIECE_K * packed.shape[1] // scales.shape[1], MAX_ROWS):
+        if serves(x, packed, scales, features, MAX_ROWS):
             bias, activation, residual = rest
             if activation in GLU:  # gate and up are in tiles of their own
                 return followed(launch(x, packed, scales, features, bias, None, None), None, activation, residual)

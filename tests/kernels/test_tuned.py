@@ -21,9 +21,15 @@ def cache(tmp_path, monkeypatch):
     """An empty cache and a GPU with a name."""
     monkeypatch.setenv("FTOPS_CACHE", str(tmp_path))
     monkeypatch.setattr(tuned, "gpu_of", lambda device: GPU)
-    tuned.forget()
+    forget()
     yield tmp_path / "tuned"
+    forget()
+
+
+def forget():
     tuned.forget()
+    linear._takes.cache_clear()
+    linear_w4a16._takes.cache_clear()
 
 
 def test_what_was_kept_is_taken(cache):
@@ -146,15 +152,32 @@ def test_linear_w4a16_takes_the_winner(planned):
 
 
 def test_the_library_is_taken_where_it_has_won_and_the_kernel_beyond_its_usual_rows():
-    sizes = ("linear", torch.bfloat16, 6144, 4096)
     keep(0, {OF_LINEAR: {4: LIBRARY, 32: name_of("linear", FIRST), 64: "linear_sm90: columns 64"}})
-    assert [takes("linear", sizes, rows, rows <= 16, 0) for rows in (2, 4, 16, 32, 64, 128)] == [True, False, True, True, False, False]
+    assert [takes("linear", OF_LINEAR, rows, rows <= 16, 0) for rows in (2, 4, 16, 32, 64, 128)] == [True, False, True, True, False, False]
 
 
 def test_serves_asks_for_the_weight_as_it_lies():
     x, weight = torch.zeros(20, 4096, dtype=torch.bfloat16), torch.zeros(48, 4096, dtype=torch.bfloat16)
     assert not linear.serves(x, weight, 16)
+    forget()
     keep(None, {problem("linear", torch.bfloat16, 48, 4096): {32: name_of("linear", FIRST)}})
     assert linear.serves(x, weight, 16)
     assert not linear.serves(x.float(), weight.float(), 16)  # what it cannot take, no measurement makes it take
-    assert linear_w4a16.serves(x[:8], 48, 128, 64) and not linear_w4a16.serves(x[:0], 48, 128, 64)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_int4_is_asked_for_by_its_groups(known):
+    x, packed, scales = torch.zeros(20, 256, dtype=torch.bfloat16), torch.zeros(2, 8, 32, 4), torch.zeros(2, 4, 8, 4)
+    if known:
+        keep(None, {problem("linear_w4a16 g64", torch.bfloat16, 48, 256): {32: LIBRARY}})
+    assert [linear_w4a16.serves(x, packed, scales, 48, 64) for _ in range(2)] == [not known] * 2
+    assert linear_w4a16.serves(x[:3], packed, scales, 48, 64) and not linear_w4a16.serves(x[:0], packed, scales, 48, 64)
+    assert not linear_w4a16.serves(x, packed, scales, 48, 16)
+
+
+def test_without_a_file_nobody_looks_a_second_time(monkeypatch):
+    """The host has some microseconds for a launch."""
+    x, weight = torch.zeros(2, 4096, dtype=torch.bfloat16), torch.zeros(48, 4096, dtype=torch.bfloat16)
+    assert linear.serves(x, weight, 16)
+    monkeypatch.setattr(tuned, "winner", None)
+    assert linear.serves(x, weight, 16) and not linear.serves(x, weight, 1) and not linear.serves(x[:0], weight, 16)
