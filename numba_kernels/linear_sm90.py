@@ -63,7 +63,8 @@ def make(config: Config) -> Callable:
             if thread == of_consumers:
                 produce(base, w_tensor, x_tensor, tile, apart, of_features, of_rows, begin, np.uint32(begin + count))
             if blocks != np.uint32(1):
-                # Every thread of a cluster takes part in its barriers, which its consumers pass twice.
+                # Every thread of a cluster takes part in its barriers, which the consumers pass twice; a warp does as one.
+                cuda.syncwarp()
                 hopper.cluster_arrive()
                 hopper.cluster_wait()
                 hopper.cluster_arrive()
