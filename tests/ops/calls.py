@@ -15,6 +15,10 @@ from ftops.ops import OPS, op_module
 CASES = [pytest.param(name, case, id=f"{name}-{case}") for name in OPS for case in op_module(name).cases()]
 CASES_AND_DTYPES = [pytest.param(name, case, dtype, id=f"{name}-{case}-{str(dtype)[6:]}")
                     for name in OPS for case in op_module(name).cases() for dtype in case.dtypes]
+# Each case in one of its dtypes in turn, where these matter little; an op's first case in all.
+IN_TURN = [pytest.param(name, case, dtype, id=f"{name}-{case}-{str(dtype)[6:]}")
+           for name in OPS for number, case in enumerate(op_module(name).cases())
+           for dtype in (case.dtypes if number == 0 else [case.dtypes[number % len(case.dtypes)]])]
 DTYPE_IDS = {"argvalues": DTYPES, "ids": [str(dtype)[6:] for dtype in DTYPES]}
 
 

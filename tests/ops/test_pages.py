@@ -1,9 +1,7 @@
 """A page id that points outside the pool: memory of somebody else is never read, and FTOPS_DEBUG=1 says where the id came from."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import runpy
 
 import pytest
 import torch
@@ -79,7 +77,7 @@ def test_debugging_leaves_alone_what_is_not_reached(device, debug):
     assert torch.equal(call("decode_attention", args, kwargs), expected)
 
 
-def test_debugging_is_asked_for_by_the_environment():
-    done = subprocess.run([sys.executable, "-c", "import ftops.op; print(ftops.op.DEBUG)"], env=os.environ | {"FTOPS_DEBUG": "1"},
-                          capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
+@pytest.mark.parametrize(("value", "asked"), [("1", True), ("0", False)])
+def test_debugging_is_asked_for_by_the_environment(value, asked, monkeypatch):
+    monkeypatch.setenv("FTOPS_DEBUG", value)
+    assert runpy.run_path(ftops.op.__file__)["DEBUG"] is asked
