@@ -1,4 +1,4 @@
-"""The command line: `ftops demo | info | generate | bench | quantize | evaluate`. Each command imports what it needs when it runs."""
+"""The command line: `ftops demo | info | generate | bench | tune | quantize | evaluate`. A command imports what it needs when it runs."""
 from __future__ import annotations
 
 import argparse
@@ -71,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", metavar="FILE", help="draw them there, a .png")
     _add_placement(bench)
 
+    tune = commands.add_parser("tune", help="measure which kernel is the fastest for each linear layer of a model on this GPU, and keep it")
+    tune.set_defaults(run=_tune)
+    tune.add_argument("model", nargs="?", help="folder or Hugging Face hub id; only its configuration is read (default: the small model)")
+    tune.add_argument("--quant", nargs="+", help="weights: none (16 bits, the default), int8, int4, fp8, w8a8")
+    tune.add_argument("--device", help="cuda (the default), cuda:1 and so on")
+    tune.add_argument("--dtype", choices=("float16", "bfloat16"), help="of activations (default: the model's, or bfloat16)")
+
     quantize = commands.add_parser("quantize", help="save a model with its linear layers in 4 or 8 bits")
     quantize.set_defaults(run=_quantize)
     quantize.add_argument("model", help="folder or Hugging Face hub id")
@@ -135,6 +142,12 @@ def _bench(options: argparse.Namespace) -> int:
         if file is not None:
             make(found, file)
             print(f"written: {file}", file=sys.stderr)
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from ftops.integrations.tune import show, tune_model
+    show(Console(), *tune_model(options.model, options.quant, device=options.device, dtype=options.dtype))
     return 0
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ftops import __version__
 from ftops.ops import OPS, compiler_problem, kernel_cache, kernel_file, oldest_capability
+from ftops.ops.candidates import known
 
 # Several names: the wheels of CUDA 12 carry it as a suffix.
 PACKAGES = (
@@ -69,6 +70,11 @@ def show(console: Console) -> None:
     kernels = list(folder.glob("*.cubin")) if folder.is_dir() else []
     console.print(f"Compiled kernels: {folder} ({len(kernels)} kernels, {sum(k.stat().st_size for k in kernels) / 2**20:.1f} MiB); "
                   "set FTOPS_CACHE to move it", soft_wrap=True, markup=False)
+
+    if torch.cuda.is_available():
+        file, weights = known(torch.cuda.current_device())
+        console.print(f"Measured linear layers: {file} ({weights} weights); `ftops tune MODEL` measures those of a model", soft_wrap=True,
+                      markup=False)
 
     table = Table(title="ftops.ops" if not missing else "ftops.ops (a GPU is not usable here)", title_justify="left")
     for column in ("op", "on a GPU", "on the CPU"):

@@ -85,6 +85,11 @@ def keep(device: int, measured: Winners) -> Path:
     return path
 
 
+def known(device: int) -> tuple[Path, int]:
+    """The file of this GPU, and how many weights' winners are in it."""
+    return file_of(gpu_of(device)), len(_winners(device))
+
+
 def forget() -> None:
     """The file is read again, for what is planned from now on."""
     _winners.cache_clear()

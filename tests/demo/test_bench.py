@@ -1,6 +1,7 @@
 """`ftops bench`: both sides run the same prompts, their tokens are compared, and losses stand beside wins."""
 from __future__ import annotations
 
+import io
 import json
 import sys
 
@@ -30,7 +31,7 @@ def fake(batches: list[int], contexts: list[int], seconds: dict[str, float], mis
 
 
 def shown(made: Bench) -> str:
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=120, record=True, file=io.StringIO())
     show(console, made)
     return console.export_text()
 
