@@ -4,6 +4,7 @@ Rows 0 to count - 1 are requests; what lies behind them up to the size of a grap
 """
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,29 +55,45 @@ class PagedDecoder(Protocol):
 
 
 class Graphs:
-    """Work on tensors at fixed addresses: as it is the first time, then as the replay of a CUDA graph, where that can be."""
+    """One kind of work on tensors at fixed addresses: as it is for `plain` times, then as the replay of a CUDA graph, where that can be.
 
-    def __init__(self, device: torch.device, capturable: bool) -> None:
-        self._device, self._capturable = device, capturable
+    The last MOST graphs are kept.
+    """
+
+    MOST = 64
+
+    def __init__(self, capturable: bool, plain: int) -> None:
+        self._capturable, self._plain = capturable, plain
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        # One after the other and never two at once: what one leaves in its memory, beside the tensors it is given, no other needs.
+        self._times: Counter[Hashable] = Counter()
+        # Never two at once: what one leaves in its memory, beside the tensors that it is given, no other needs.
         self._pool = torch.cuda.graph_pool_handle() if capturable else None
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
+        """`work` on the same tensors for the same key."""
         if key in self._graphs:
             self._graphs[key].replay()
             return
         work()
-        if self._capturable:
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may go on using the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                work()
-            self._graphs[key] = graph
+        if not self._capturable:
+            return
+        if len(self._times) > 16 * self.MOST:
+            self._times.clear()
+        self._times[key] += 1
+        if self._times[key] < self._plain:
+            return
+        if len(self._graphs) == self.MOST:
+            del self._graphs[next(iter(self._graphs))]
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        self._graphs[key] = graph
 
-    def forget(self, kind: str) -> None:
-        """Graphs whose key begins with `kind` are over tensors that are gone."""
-        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] != kind}
+    def forget(self) -> None:
+        """The tensors are others now."""
+        self._graphs.clear()
+        self._times.clear()
 
 
 class Batch:
@@ -96,7 +113,9 @@ class Batch:
             self.news = zeros(3, rows, dtype=torch.float64)
             self._count, self._place, self._logits = zeros(1), torch.arange(rows, device=device), None
         self.table = Table(rows, decoder.words, device)
-        self.graphs = Graphs(device, decoder.capturable)
+        self._forwards = Graphs(decoder.capturable, 1)
+        # What rows ask for together may change with every request, and a graph of what comes once costs more than it saves.
+        self._choices = Graphs(decoder.capturable, 8)
         self._moved = 0
 
     def size(self, count: int) -> int:
@@ -165,15 +184,15 @@ class Batch:
         """`forward` over all rows. columns: pages that any of them has."""
         size = self.size(self.count)
         columns = self.page_table.shape[1] if self.decoder.capturable else columns
-        self.graphs.run(("forward", size), lambda: self.forward(size, columns))
+        self._forwards.run(size, lambda: self.forward(size, columns))
 
     def draw(self, names: frozenset[str], logprobs: bool) -> None:
         """`choose` for all rows."""
         if self.table.moved != self._moved:
             self._moved = self.table.moved
-            self.graphs.forget("choose")
+            self._choices.forget()
         size = self.size(self.count)
-        self.graphs.run(("choose", size, names, logprobs), lambda: self.choose(size, names, logprobs))
+        self._choices.run((size, names, logprobs), lambda: self.choose(size, names, logprobs))
 
     def read(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """The chunks of prompts through the model; the logits [M,V] behind the last tokens of those that end, of any token if none does."""

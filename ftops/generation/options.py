@@ -88,55 +88,55 @@ class Options:
         return [words for words in self.stop if isinstance(words, str)]
 
 
-def parse(given: Mapping[str, Any], batch: int, words: int) -> Options:
-    """Options from the keyword arguments of a call for `batch` rows and a vocabulary of `words`. Raises TypeError or ValueError."""
+def parse(given: Mapping[str, Any], batch: int, words: int, caller: str = "generate") -> Options:
+    """Options from the keyword arguments of `caller`, for `batch` rows and a vocabulary of `words`. Raises TypeError or ValueError."""
     known = [field.name for field in fields(Options)]
     for name in given:
         if name not in known:
-            raise TypeError(f"generate: {name} is no option; there are {', '.join(known)}")
+            raise TypeError(f"{caller}: {name} is no option; there are {', '.join(known)}")
     options = Options(**given)
     for name, (low, high, closed, _) in _FLOATS.items():
         value = getattr(options, name)
-        for one in _numbers(name, value, batch):
+        for one in _numbers(caller, name, value, batch):
             if not (low <= one <= high) or (one == low and not closed):
-                raise _invalid(name, one, f"{low:g} to {high:g}" if closed else f"above {low:g}, up to {high:g}")
+                raise _invalid(caller, name, one, f"{low:g} to {high:g}" if closed else f"above {low:g}, up to {high:g}")
     for name, low in _INTEGERS.items():
         value = getattr(options, name)
         if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
-            raise _invalid(name, value, "integers")
-        for one in _numbers(name, value, batch):
+            raise _invalid(caller, name, value, "integers")
+        for one in _numbers(caller, name, value, batch):
             if low is not None and one < low:
-                raise _invalid(name, one, f"{low} or more")
+                raise _invalid(caller, name, one, f"{low} or more")
     for name, groups in (("bad_words", options.bad_words), ("stop", options.stop), ("sequence_bias", options.sequence_bias or {}),
                          ("eos_token_id", [options.eos]), ("logit_bias", [] if isinstance(options.logit_bias, torch.Tensor)
                                                            else [list(options.logit_bias or {})])):
         for group in groups:
             if not len(group) and name != "eos_token_id" and name != "logit_bias":
-                raise _invalid(name, f"{group!r} among others", "sequences that are not empty")
+                raise _invalid(caller, name, f"{group!r} among others", "sequences that are not empty")
             if not isinstance(group, str) and not all(isinstance(word, int) and 0 <= word < words for word in group):
-                raise _invalid(name, group, f"token ids, 0 to {words - 1}")
+                raise _invalid(caller, name, group, f"token ids, 0 to {words - 1}")
     if isinstance(options.logit_bias, torch.Tensor) and options.logit_bias.shape not in ((words,), (batch, words)):
-        raise _invalid("logit_bias", tuple(options.logit_bias.shape), f"({words},), ({batch}, {words}), or {{token: bias}}")
+        raise _invalid(caller, "logit_bias", tuple(options.logit_bias.shape), f"({words},), ({batch}, {words}), or {{token: bias}}")
     if options.stop_strings and options.tokenizer is None:
-        raise ValueError(f"generate: stop has text, {options.stop_strings[0]!r}, and tokenizer is None; pass tokenizer=, or token ids")
+        raise ValueError(f"{caller}: stop has text, {options.stop_strings[0]!r}, and tokenizer is None; pass tokenizer=, or token ids")
     if options.asks("min_new_tokens") and not options.eos:
-        raise ValueError("generate: min_new_tokens is given but there is no eos_token_id that it could forbid; pass one, or leave it out")
+        raise ValueError(f"{caller}: min_new_tokens is given but there is no eos_token_id that it could forbid; pass one, or leave it out")
     if any(options.asks(name) for name in ("top_p_decay", "top_p_min", "top_p_reset_ids")) and options.top_p is None:
-        raise ValueError("generate: top_p_decay, top_p_min and top_p_reset_ids change top_p, which is None; pass it too")
+        raise ValueError(f"{caller}: top_p_decay, top_p_min and top_p_reset_ids change top_p, which is None; pass it too")
     return options
 
 
-def _numbers(name: str, value: Any, batch: int) -> list[float]:
+def _numbers(caller: str, name: str, value: Any, batch: int) -> list[float]:
     if value is None:
         return []
     if not isinstance(value, torch.Tensor):
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise _invalid(name, repr(value), f"a number, or a tensor of {batch}")
+            raise _invalid(caller, name, repr(value), f"a number, or a tensor of {batch}")
         return [value]
     if value.shape != (batch,):
-        raise _invalid(name, f"of shape {tuple(value.shape)}", f"a number, or a tensor of {batch}")
+        raise _invalid(caller, name, f"of shape {tuple(value.shape)}", f"a number, or a tensor of {batch}")
     return value.tolist()
 
 
-def _invalid(name: str, got: object, allowed: str) -> ValueError:
-    return ValueError(f"generate: {name} is {got}; allowed: {allowed}")
+def _invalid(caller: str, name: str, got: object, allowed: str) -> ValueError:
+    return ValueError(f"{caller}: {name} is {got}; allowed: {allowed}")

@@ -51,7 +51,7 @@ class Plain:
     def run(self, key, work):
         work()
 
-    def forget(self, kind):
+    def forget(self):
         pass
 
 
@@ -231,8 +231,8 @@ WRONG = {
     "no tokens": ({"prompt_ids": []}, "prompt_ids is [[][]]; allowed: one or more token ids, 0 to 119"),
     "no word": ({"prompt_ids": [1, 120]}, "allowed: one or more token ids, 0 to 119"),
     "a batch": ({"prompt_ids": torch.ones(1, 3, dtype=torch.int64)}, r"prompt_ids is torch.int64 \(1, 3\)"),
-    "an option": ({"top_p": 2.0}, "top_p is 2.0"),
-    "no option": ({"topp": 0.5}, "topp is no option"),
+    "an option": ({"top_p": 2.0}, "submit: top_p is 2.0"),
+    "no option": ({"topp": 0.5}, "submit: topp is no option"),
     "callables": ({"processors": [lambda ids, logits: logits]}, "processors is given, but an engine serves many requests in one step"),
     "too long": ({"max_new_tokens": 126}, "exceed the 128 tokens of max_length"),
     "too long for the cache": ({"max_new_tokens": 90}, "need 23 pages of 4 tokens, and the cache has 20"),

@@ -24,9 +24,9 @@ def test_every_answer_is_its_lone_answer(rows):
                     pass
                 handles[number].cancel()
             answers = [handle.result(120) for handle in handles]
-        stats, graphs = engine.stats(), engine._batch.graphs._graphs
-        sizes = {size for kind, size, *_ in graphs if kind == "forward"}
+        stats, sizes = engine.stats(), set(engine._batch._forwards._graphs)
         assert len(sizes) > 2 and sizes <= {1, 2, 4, 8, 16, 32, rows}
+        assert engine._batch._choices._graphs
     assert stats.preemptions and stats.prefix_tokens
     assert (stats.waiting, stats.running, stats.held_pages) == (0, 0, 0)
     for (prompt, options), answer in zip(requests, answers, strict=True):
