@@ -10,7 +10,7 @@ stream.py    a loop that is read while it runs; text.py its text
 """
 from __future__ import annotations
 
-from ftops.generation.beams import BeamDecoder, BeamOptions, BeamSession
+from ftops.generation.beams import BeamDecoder, BeamOptions, Beams, BeamSession
 from ftops.generation.draft import DraftDecoder, DraftSession
 from ftops.generation.lookup import LookupDecoder, LookupLoop, LookupSession
 from ftops.generation.loop import Decoder, Generated, Loop
@@ -18,5 +18,5 @@ from ftops.generation.options import Options
 from ftops.generation.session import Session
 from ftops.generation.stream import Stream
 
-__all__ = ["BeamDecoder", "BeamOptions", "BeamSession", "Decoder", "DraftDecoder", "DraftSession", "Generated", "LookupDecoder",
+__all__ = ["BeamDecoder", "BeamOptions", "BeamSession", "Beams", "Decoder", "DraftDecoder", "DraftSession", "Generated", "LookupDecoder",
            "LookupLoop", "LookupSession", "Loop", "Options", "Session", "Stream"]

@@ -28,11 +28,14 @@ class BeamDecoder(Decoder):
 @dataclass(frozen=True)
 class BeamOptions:
     """beams a request; how sequences of different lengths compare; when to stop: True, with K ended sequences; False, when no running one
-    would win if it ended now; "never", when none can win any more."""
+    would win if it ended now; "never", when none can win any more. diversity_rate: a continuation is chosen by its score plus the rate
+    times its rank, from 0, among those of its own beam, as in FasterTransformer; the score that it goes on with is without. Below 0, beams
+    come from more different ones (Li et al., "A Simple, Fast Diverse Decoding Algorithm for Neural Generation", 2016, gamma = -rate)."""
 
     beams: int
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    diversity_rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,23 +94,33 @@ class BeamSession(Session):
         words, eos = logits.shape[1], given.get("eos")
         scores = rules.penalised(given, torch.log_softmax(logits.float(), -1), self.ids, self.filled, self.drawn)
         keep = max(2, 1 + (0 if eos is None else len(eos))) * beams
-        score, index = torch.topk((scores.view(requests, beams, words) + self._score[..., None]).flatten(1), keep)
-        parent, token = index // words, index % words
+        chosen_by, score, parent, token = self._candidates(scores.view(requests, beams, words) + self._score[..., None], keep)
         candidates = _of(self.ids.view(requests, beams, -1), parent).index_copy(2, self.filled, token[..., None])
         made = self.drawn + 1
         ends = (made >= given["limit"].view(requests, beams)[:, :1]).expand_as(token)
         if eos is not None:
             ends = ends | (token[..., None] == eos).any(-1)
 
-        running_score = score + ends.float() * LOST
-        onward = torch.topk(running_score, beams)[1]
+        lost = ends.float() * LOST
+        onward = torch.topk(chosen_by + lost, beams)[1]
         parents = parent + self._rows[:, :1]
         self._finish(score, candidates, parents, ends, made)
-        self._score.copy_(_of(running_score, onward))
+        self._score.copy_(_of(score + lost, onward))
         self._go_on(given, _of(parents, onward).flatten(), _of(token, onward), _of(candidates, onward))
         self._decide(given, ends)
         self.news.copy_(torch.stack((self.tokens[:, 0], self.ended.long())))
         return scores
+
+    def _candidates(self, scores: torch.Tensor, keep: int) -> tuple[torch.Tensor, ...]:
+        """The `keep` continuations of scores[B,K,V] that go on, best first, each [B,keep]: what they were chosen by, score, beam, token."""
+        words, rate = scores.shape[2], self.options.diversity_rate
+        if not rate:
+            score, index = torch.topk(scores.flatten(1), keep)
+            return score, score, index // words, index % words
+        own, tokens = torch.topk(scores, min(keep, words))
+        ranked = own + rate * torch.arange(own.shape[2], device=own.device)
+        chosen_by, index = torch.topk(ranked.flatten(1), keep)
+        return chosen_by, own.flatten(1).gather(1, index), index // own.shape[2], tokens.flatten(1).gather(1, index)
 
     def _finish(self, score: torch.Tensor, candidates: torch.Tensor, parents: torch.Tensor, ends: torch.Tensor, made: torch.Tensor) -> None:
         """The best K of the sequences that had ended and of those that end now, among the first K continuations."""
@@ -141,8 +154,9 @@ class BeamSession(Session):
     def _decide(self, given: Given, ends: torch.Tensor) -> None:
         """Whether a running beam can still change the answer; if none can, for no request, all is done."""
         options = self.options
-        farthest = given["limit"][:1] if options.early_stopping == "never" and options.length_penalty > 0 else self.drawn
-        reachable = self._score[:, :1] / farthest.float() ** options.length_penalty
+        never = options.early_stopping == "never" and options.length_penalty > 0
+        farthest = given["limit"].view_as(self._score)[:, :1] if never else self.drawn
+        reachable = self._score.amax(1, keepdim=True) / farthest.float() ** options.length_penalty
         worst = torch.where(self._full, self._best_score.amin(1, keepdim=True), LOST)
         self._hopeful.logical_and_((reachable > worst).any(-1, keepdim=True))
         over = ~self._hopeful.any() | ends.all()

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from ftops.generation import BeamOptions, BeamSession, Generated, Loop, Options, Stream
-from ftops.integrations.transformers.beams import BeamCausalDecoder
+from ftops.generation import BeamOptions, Generated, Loop, Options, Stream
+from ftops.integrations.transformers.beams import generate_beams, search
 from ftops.integrations.transformers.checks import checked, most
 from ftops.integrations.transformers.decoder import fixed, forget, session, unfit
 from ftops.integrations.transformers.speculation import speculate
@@ -24,13 +24,22 @@ from ftops.progress import track
 
 _LOG = logging.getLogger("ftops")
 _SAID: set[str] = set()
+BEAMS = ("num_return_sequences", "length_penalty", "early_stopping", "beam_diversity_rate")
 
 
 def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, return_logprobs: bool = False,
              return_logits: bool = False, return_hidden_states: bool = False, progress: bool = False,
-             draft_model: PreTrainedModel | None = None, num_draft_tokens: int = 5, **options: Any) -> torch.Tensor | Generated:
+             draft_model: PreTrainedModel | None = None, num_draft_tokens: int = 5, num_beams: int = 1,
+             **options: Any) -> torch.Tensor | Generated:
     """See `ftops.generate`."""
     more = return_logprobs or return_logits or return_hidden_states
+    for_beams = {name: options.pop(name) for name in BEAMS if name in options}
+    if num_beams != 1 and (draft_model is not None or options.get("prompt_lookup_num_tokens")):
+        raise ValueError(f"generate: num_beams is {num_beams}, and drafts are of one sequence; leave one of them out")
+    if num_beams != 1:
+        return generate_beams(model, input_ids, attention_mask, options, num_beams, more, progress, **for_beams)
+    if for_beams:
+        raise ValueError(f"generate: {next(iter(for_beams))} is given and num_beams is 1; pass num_beams=4, say, or leave it out")
     if draft_model is not None or options.get("prompt_lookup_num_tokens"):
         return speculate(model, input_ids, attention_mask, options, draft_model, num_draft_tokens, more, progress)
     running = stream(model, input_ids, attention_mask, return_logprobs=return_logprobs, return_logits=return_logits,
@@ -95,24 +104,16 @@ class Generating(Swapped):
             return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
                                         **model_kwargs)
         beams = BeamOptions(generation_config.num_beams, generation_config.length_penalty, generation_config.early_stopping)
-
-        def make(model: PreTrainedModel, batch: int, capacity: int) -> BeamSession:
-            return BeamSession(BeamCausalDecoder(model, batch, capacity, beams.beams), batch, capacity, beams)
-
-        with session(self, len(input_ids), input_ids.shape[1] + most(options), make, beams) as one:
-            # What transformers fills with: pad_token_id, unless that is 0 or None.
-            one.fill_with((options.pad_token_id or options.eos[0]) if options.eos else 0)
-            loop = Loop(one, options, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"),
-                        counted(input_ids, logits_processor), **_kept(generation_config))
-            for _ in loop:
-                pass
-            found = one.best(input_ids.shape[1], generation_config.num_return_sequences)
-            if not generation_config.return_dict_in_generate:
-                return found.sequences
-            made = loop.result()
-            return GenerateBeamDecoderOnlyOutput(
-                sequences=found.sequences, sequences_scores=found.scores if generation_config.output_scores else None,
-                scores=_steps(made.scores), logits=_steps(made.logits), beam_indices=found.parents)
+        # What transformers fills with: pad_token_id, unless that is 0 or None.
+        fill = (options.pad_token_id or options.eos[0]) if options.eos else 0
+        found, made = search(self, options, beams, generation_config.num_return_sequences, fill, input_ids,
+                             model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"), counted(input_ids, logits_processor),
+                             **_kept(generation_config))
+        if not generation_config.return_dict_in_generate:
+            return found.sequences
+        return GenerateBeamDecoderOnlyOutput(
+            sequences=found.sequences, sequences_scores=found.scores if generation_config.output_scores else None,
+            scores=_steps(made.scores), logits=_steps(made.logits), beam_indices=found.parents)
 
 
 def _kept(config: Any) -> dict[str, bool]:

@@ -6,7 +6,7 @@ import torch
 
 import ftops
 from ftops.integrations.demo.load import load_causal_lm
-from ftops.integrations.transformers import decoder
+from ftops.integrations.transformers import beams, decoder
 from ftops.integrations.transformers import generate as module
 from ftops.integrations.transformers.archs import ARCHS
 from tests.families.places import IN_FLOAT32
@@ -19,10 +19,10 @@ DECODERS = [family for family in ARCHS if causal(family)]
 def stays(monkeypatch):
     """On a CPU as well, beams share pages, step by step; how often that ran."""
     ran: list[object] = []
-    original = module.BeamSession.best
+    original = beams.BeamSession.best
     monkeypatch.setattr(module, "fixed", lambda model: True)
     monkeypatch.setattr(decoder, "fixed", lambda model: True)
-    monkeypatch.setattr(module.BeamSession, "best", lambda self, *args: (ran.append(self), original(self, *args))[1])
+    monkeypatch.setattr(beams.BeamSession, "best", lambda self, *args: (ran.append(self), original(self, *args))[1])
     return ran
 
 
