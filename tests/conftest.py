@@ -7,6 +7,7 @@ import os
 # Before torch or transformers are imported, and for the programs that tests start: no download, and workers share the machine's cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else Inductor compiles for 6 s to see whether the processor has what it says
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, len(os.sched_getaffinity(0)) // WORKERS))))
 if WORKERS > 1:
