@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ftops.engine.pages import Pages, digest
 
@@ -63,15 +64,18 @@ class Plan:
 
 
 class Scheduler:
-    """`most` requests at a time over `pages`; `queue` wait at most; `chunk` tokens of prompts a step."""
+    """`most` requests at a time over `pages`; `queue` wait at most; `chunk` tokens of prompts a step.
 
-    def __init__(self, pages: Pages, most: int, queue: int, chunk: int) -> None:
-        self.pages, self.most, self.queue, self.chunk = pages, most, queue, chunk
+    patience: for how many steps prompts of fewer than `chunk` tokens wait for others to be read with them, while answers go on.
+    """
+
+    def __init__(self, pages: Pages, most: int, queue: int, chunk: int, patience: int = 0) -> None:
+        self.pages, self.most, self.queue, self.chunk, self.patience = pages, most, queue, chunk, patience
         self.waiting: deque[Request] = deque()
         self.reading: list[Request] = []
         self.running: list[Request] = []
         self.ending: list[Request] = []
-        self.preemptions = self.prefix_tokens = self._count = 0
+        self.preemptions = self.prefix_tokens = self._count = self._waited = 0
 
     def needs(self, request: Request) -> int:
         """Pages for all tokens of the request but the last, which nothing is drawn behind."""
@@ -145,6 +149,10 @@ class Scheduler:
         """The chunks of this step, the oldest request's first. Pages that they fill are known at once: whoever comes behind in the same
         step may share them, since a layer writes all its keys and values before it reads any."""
         chunks, left, reading = [], self.chunk, list(self.reading)
+        if self.running and self._waited < self.patience and self._unread() < self.chunk:
+            self._waited += 1
+            return chunks
+        self._waited = 0
         while left:
             if not reading:
                 if not self._begin():
@@ -161,6 +169,15 @@ class Scheduler:
                 self.running.append(request)
             chunks.append(Chunk(request, start, end, last))
         return chunks
+
+    def _unread(self) -> int:
+        """Tokens that could be read now, as far as they count."""
+        room, unread = self.most - len(self.reading) - len(self.running), sum(len(one.tokens) - one.cached for one in self.reading)
+        for request in islice(self.waiting, room):
+            if unread >= self.chunk:
+                break
+            unread += len(request.tokens)
+        return unread
 
     def _begin(self) -> bool:
         """Takes the first of the queue in, if it fits."""

@@ -15,8 +15,8 @@ def word(tokens: list[int]) -> int:
 class Machine:
     """lag: steps whose tokens are not read before the next one is ordered, as on a GPU."""
 
-    def __init__(self, pages: int, size: int, most: int, queue: int, chunk: int, lag: int) -> None:
-        self.scheduler = Scheduler(Pages(pages, size), most, queue, chunk)
+    def __init__(self, pages: int, size: int, most: int, queue: int, chunk: int, lag: int, patience: int = 0) -> None:
+        self.scheduler = Scheduler(Pages(pages, size), most, queue, chunk, patience)
         self.cache: list[list[int | None]] = [[None] * size for _ in range(pages)]
         self.lag, self.chunk, self.size, self.steps = lag, chunk, size, 0
         self.sent: list[list[tuple[Request, int]]] = []

@@ -18,7 +18,7 @@ def test_random_traffic(shape, lag):
     pages, size, most, chunk = SHAPES[shape]
     put_back = shared = 0
     for seed in range(8):
-        machine = Machine(pages, size, most, 10, chunk, lag)
+        machine = Machine(pages, size, most, 10, chunk, lag, patience=3 * lag)
         made = traffic(machine, 40, seed)
         for request in made:
             said = request.tokens[: request.prompt]
@@ -72,6 +72,21 @@ def test_a_long_prompt_is_read_in_chunks_beside_running_requests():
         assert plan.running == [running]
         assert [chunk.end - chunk.start for chunk in plan.chunks] == [size]
         assert len(running.answer) == 1 + count
+
+
+def test_short_prompts_are_read_together():
+    """Beside running answers, where that is what a step costs; not when they fill a chunk, nor when nobody runs."""
+    machine = Machine(100, 4, 9, 9, 10, 0, patience=3)
+    machine.submit([1], 50, 0)
+    assert len(machine.turn().chunks) == 1
+    read = []
+    for number in range(12):
+        if number in (0, 2, 5):
+            machine.submit([7, 8, 9], 20, 0)
+        if number == 9:
+            machine.submit(list(range(30)), 5, 0)
+        read.append(len(machine.turn().chunks))
+    assert read == [0, 0, 0, 2, 0, 0, 0, 1, 0, 1, 1, 1]
 
 
 def test_short_requests_do_not_pass_a_long_one():
