@@ -90,13 +90,16 @@ def test_generate(kind):
         ftops.unpatch(model)
 
 
+DECODERS = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+ENCODER_DECODERS = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("mapping", "kinds", "least"), [
-    pytest.param(CAUSAL, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 80, id="causal"),
-    pytest.param(BASE, modeling_auto.MODEL_MAPPING_NAMES, 80, id="base"),
-    pytest.param(SEQ2SEQ, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, 10, id="seq2seq")])
+    pytest.param(CAUSAL, DECODERS, 80, id="causal"), pytest.param(SEQ2SEQ, ENCODER_DECODERS, 10, id="seq2seq"),
+    pytest.param(BASE, [kind for kind in modeling_auto.MODEL_MAPPING_NAMES if kind not in (*DECODERS, *ENCODER_DECODERS)], 20, id="base")])
 def test_no_model_breaks(mapping, kinds, least):
-    """Every architecture that transformers can make from the sizes of the zoo and run on token ids."""
+    """Every architecture that transformers can make from the sizes of the zoo and run on token ids; bare where it has no head of these."""
     tried, broken = 0, {}
     for kind in kinds:
         model = small(kind, mapping)

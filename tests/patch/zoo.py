@@ -56,7 +56,10 @@ def small(kind: str, mapping: object) -> PreTrainedModel | None:
     """A model of that kind out of an auto class's mapping, with random weights; None if these sizes make none that runs."""
     try:
         config_class = CONFIG_MAPPING[kind]
-        model_class, default = mapping[config_class], config_class()
+        default = config_class()
+        if not takes(default, "vocab_size"):  # pictures and sound: not to be imported in vain
+            return None
+        model_class = mapping[config_class]
         model_class = model_class[0] if isinstance(model_class, tuple) else model_class
         sizes = {name: size for name, size in SIZES.items() if takes(default, name)}
         with torch.device("meta"), few_parameters():
