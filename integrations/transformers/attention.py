@@ -83,8 +83,12 @@ def rows_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | to
     missing = kv_offset + kv_length - attention_mask.shape[1]
     padding = torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
     mask = additive(padding[:, None, None, kv_offset : kv_offset + kv_length], dtype)
-    if "allow_is_bidirectional_skip" in kwargs and q_length == kv_length and not _recording():
-        attach(mask, padding[:, kv_offset : kv_offset + kv_length])
+    if not _recording():
+        if "allow_is_bidirectional_skip" not in kwargs:
+            if isinstance(q_offset, int) and q_offset == kv_offset == 0 and 1 < q_length <= kv_length:  # a prompt, behind which is nothing
+                attach(mask, padding[:, :q_length], prompt=True)
+        elif q_length == kv_length:
+            attach(mask, padding[:, kv_offset : kv_offset + kv_length])
     return mask
 
 

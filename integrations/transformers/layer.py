@@ -140,13 +140,13 @@ class FusedLayer(Swapped):
             return self._original(given)
         cache, mask = given.get(state.arch.cache), given.get("attention_mask")
         spec, index = state.block.spec, state.index
-        orderless = not spec.causal and spec.rotary is None and spec.window is None and cache is None
-        if orderless and (packed := packing(mask, given["hidden_states"])) is not None:
-            out = run_packed(state.block, given["hidden_states"], packed)
-            return (out, None) if state.arch.returns_tuple else out
-        positions, freqs = state.arch.rotation(self, given)
-        kept = slots(cache, index, given["hidden_states"], mask) or (lambda q, k, v: attend(spec, q, k, v, cache, index, mask))
-        out = state.block(given["hidden_states"], kept, positions, freqs)
+        x, (positions, freqs) = given["hidden_states"], state.arch.rotation(self, given)
+        packed = packing(spec, mask, x, cache, index)
+        if packed is not None:
+            out = run_packed(state.block, x, packed, positions, freqs, cache, index)
+        else:
+            kept = slots(cache, index, x, mask) or (lambda q, k, v: attend(spec, q, k, v, cache, index, mask))
+            out = state.block(x, kept, positions, freqs)
         return (out, None) if state.arch.returns_tuple else out
 
     def _unfit(self, given: dict[str, Any]) -> str | None:

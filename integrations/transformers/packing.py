@@ -1,52 +1,94 @@
-"""Encoders without padding: a layer gathers the tokens that the mask shows, runs its block on them alone, and puts the results back.
+"""Without padding: a layer gathers the tokens that the mask shows, runs its block on them alone, and puts the results back.
 
 Which tokens these are is found once a forward, where the mask is made, and travels on the mask. Gathering and putting back cost a layer
-two passes over its input; padding would cost it everything else. At padding the layer's output is 0.
+two passes over its input; padding would cost it everything else, and attention a bias. At padding the layer's output is 0, and so are keys
+and values there in a cache. Encoders, and prompts of decoders that are padded on the left.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from transformers import Cache
 
 from ftops import ops
-from ftops.block import Block
+from ftops.block import Block, BlockSpec, Freqs
 
-WORTHWHILE = 0.9  # of all tokens: if more are real, they are computed where they are
+WORTHWHILE = 0.9  # of all tokens: if more are real, an encoder computes them where they are
 
 
 @dataclass(frozen=True)
 class Packing:
-    """tokens: int64 [T], of [B,S] flattened. cu_seqlens: int32 [B + 1]. longest: tokens of the longest sequence."""
+    """tokens: int64 [T], of [B,S] flattened. cu_seqlens: int32 [B + 1]. longest: tokens of the longest sequence.
+
+    left: they are a prompt's, all padding before them.
+    """
 
     shape: torch.Size
     tokens: torch.Tensor
     cu_seqlens: torch.Tensor
     longest: int
+    left: bool
+    rotations: dict[int, tuple[object, torch.Tensor | None, Freqs]] = field(default_factory=dict)
+
+    def rotation(self, positions: torch.Tensor | None, freqs: Freqs | None) -> tuple[torch.Tensor | None, Freqs | None]:
+        """positions[B,S] and freqs of the tokens. All layers ask for the same, which is made once."""
+        if freqs is None:
+            return None, None
+        if id(freqs[0]) not in self.rotations:
+            picked = None if positions is None else self._picked(positions)
+            table = freqs if freqs[0].dim() < 3 else tuple(self._picked(t.expand(*self.shape, -1)) for t in freqs)
+            self.rotations[id(freqs[0])] = freqs, picked, table
+        return self.rotations[id(freqs[0])][1:]
+
+    def _picked(self, x: torch.Tensor) -> torch.Tensor:
+        """x[B,S,...] of the tokens, [1,T,...]."""
+        return x.flatten(0, 1).index_select(0, self.tokens).unsqueeze(0)
+
+    def _spread(self, x: torch.Tensor) -> torch.Tensor:
+        """x[1,T,...] where it belongs, [B,S,...], zeros elsewhere."""
+        whole = x.new_zeros((self.shape.numel(), *x.shape[2:])).index_copy_(0, self.tokens, x.squeeze(0))
+        return whole.view(*self.shape, *x.shape[2:])
 
 
-def attach(mask: torch.Tensor, padding: torch.Tensor) -> None:
-    """Finds the tokens that `padding`[B,S] shows and keeps them on `mask`, unless they are too many, or none. Waits for the device."""
+def attach(mask: torch.Tensor, padding: torch.Tensor, prompt: bool = False) -> None:
+    """Finds the tokens that `padding`[B,S] shows and keeps them on `mask`, if that is worth while. Waits for the device.
+
+    prompt: of a decoder, and then only where all padding is on the left.
+    """
     shown = padding.bool()
+    left = bool(shown[:, -1].all() & (shown[:, 1:] >= shown[:, :-1]).all()) if prompt else False
+    if prompt and not left:
+        return
     tokens = shown.flatten().nonzero().squeeze(1)
-    if 0 < tokens.numel() <= WORTHWHILE * shown.numel():
+    if tokens.numel() > 0 and (prompt or tokens.numel() <= WORTHWHILE * shown.numel()):
         lengths = shown.sum(1)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        mask._ftops_packing = Packing(shown.shape, tokens, cu_seqlens, int(lengths.max()))
+        mask._ftops_packing = Packing(shown.shape, tokens, cu_seqlens, int(lengths.max()), left)
 
 
-def packing(mask: torch.Tensor | None, x: torch.Tensor) -> Packing | None:
-    """What `attach` kept on the mask, if it is of the tokens of x[B,S,N]."""
-    found = getattr(mask, "_ftops_packing", None)
-    return found if found is not None and found.shape == x.shape[:2] and found.tokens.device == x.device else None
+def packing(spec: BlockSpec, mask: torch.Tensor | None, x: torch.Tensor, cache: Cache | None, index: int | None) -> Packing | None:
+    """What `attach` kept on the mask, if a block of `spec` may run on these tokens of x[B,S,N] alone."""
+    found: Packing | None = getattr(mask, "_ftops_packing", None)
+    if found is None or found.shape != x.shape[:2] or found.tokens.device != x.device or found.left != spec.causal:
+        return None
+    if not spec.causal:
+        return found if cache is None and spec.window is None else None
+    fresh = cache is None or index >= len(cache.layers) or not cache.layers[index].is_initialized
+    return found if fresh and not (cache is not None and cache.offloading) else None
 
 
-def run_packed(block: Block, x: torch.Tensor, packed: Packing) -> torch.Tensor:
-    """block(x[B,S,N]) of the packed tokens, 0 elsewhere. The block knows neither positions nor order."""
+def run_packed(block: Block, x: torch.Tensor, packed: Packing, positions: torch.Tensor | None, freqs: Freqs | None, cache: Cache | None,
+               index: int | None) -> torch.Tensor:
+    """block(x[B,S,N]) of the packed tokens, 0 elsewhere; `cache` is given their keys and values as layer `index`."""
+    spec = block.spec
+
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if cache is not None:
+            cache.update(*(packed._spread(t).transpose(1, 2) for t in (k, v)), index)
         starts, longest = packed.cu_seqlens, packed.longest
-        return ops.attention_varlen(q[0], k[0], v[0], starts, starts, longest, longest, scale=block.spec.scale).unsqueeze(0)
+        window = None if spec.window is None or longest <= spec.window + 1 else (spec.window, -1)
+        return ops.attention_varlen(q[0], k[0], v[0], starts, starts, longest, longest, causal=spec.causal, scale=spec.scale,
+                                    window=window).unsqueeze(0)
 
-    flat = x.reshape(-1, x.shape[-1])
-    out = block(flat.index_select(0, packed.tokens).unsqueeze(0), attend)
-    return torch.zeros_like(flat).index_copy_(0, packed.tokens, out.squeeze(0)).view(x.shape)
+    return packed._spread(block(packed._picked(x), attend, *packed.rotation(positions, freqs)))

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 import ftops
 from ftops import ops
@@ -73,12 +74,52 @@ def test_nothing_but_padding(counted):
     assert counted == []
 
 
+LEFT = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 12, [0] * 11 + [1]])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gptj", "gpt2"])
+@pytest.mark.parametrize("cached", [None, "dynamic", "static"])
+def test_a_prompt_padded_on_the_left(family, cached, counted):
+    """Rotary of both forms, learned positions and windows; what a cache then holds serves the next token."""
+    model, length = tiny(family), LEFT.shape[1]
+    ids, wide = torch.randint(0, VOCABULARY, (3, length + 1)), copy.deepcopy(model).double()
+    if model._supports_sdpa:  # eager softmax is in float32, where the smallest float64 is -inf and a row that sees nothing NaN
+        wide.set_attn_implementation("sdpa")
+    mask, positions = torch.cat((LEFT, LEFT[:, -1:]), 1), (torch.cat((LEFT, LEFT[:, -1:]), 1).cumsum(1) - 1).clamp(min=0)
+
+    def logits(model):
+        cache = {None: lambda: None, "dynamic": lambda: DynamicCache(config=model.config),
+                 "static": lambda: StaticCache(config=model.config, max_cache_len=20)}[cached]()
+        with torch.inference_mode():
+            first = model(ids[:, :length], attention_mask=LEFT, position_ids=positions[:, :length], past_key_values=cache).logits
+            if cache is None:
+                return first[LEFT.bool()]
+            then = model(ids[:, length:], attention_mask=mask, position_ids=positions[:, length:], past_key_values=cache).logits
+            return torch.cat((first[LEFT.bool()], then[:, 0]))
+
+    theirs, exact = logits(model), logits(wide)
+    assert_accurate(logits(ftops.patch(model)), exact, theirs)
+    assert counted == [int(LEFT.sum())] * model.config.num_hidden_layers
+    assert ftops.report(model).fallbacks == 0
+
+
+@pytest.mark.parametrize("mask", [LEFT.flip(1), LEFT.roll(1, 1)], ids=["right", "holes"])
+def test_other_prompts_stay_where_they_are(mask, counted):
+    """What Hugging Face computes at padding behind a prompt, `generate` goes on from."""
+    with torch.inference_mode():
+        ftops.patch(tiny("llama"))(torch.zeros_like(mask), attention_mask=mask)
+    assert counted == []
+
+
 def test_a_mask_of_other_tokens():
     """Of another shape than the layer's input, as when a caller cuts a batch in two."""
     mask = padded([9, 3], 9)[1]
     rows = torch.zeros(2, 1, 1, 9)
     packing.attach(rows, mask)
-    assert packing.packing(rows, torch.empty(2, 9, 64)).tokens.numel() == 12
-    assert packing.packing(rows, torch.empty(1, 9, 64)) is None
-    assert packing.packing(rows[:1], torch.empty(1, 9, 64)) is None
-    assert packing.packing(None, torch.empty(2, 9, 64)) is None
+    spec = ftops.patch(tiny("bert")).bert.encoder.layer[0]._ftops.block.spec
+
+    def found(rows, *shape):
+        return packing.packing(spec, rows, torch.empty(shape), None, None)
+
+    assert found(rows, 2, 9, 64).tokens.numel() == 12
+    assert found(rows, 1, 9, 64) is found(rows[:1], 1, 9, 64) is found(None, 2, 9, 64) is None
