@@ -23,8 +23,8 @@ from ftops.generation import rules
 from ftops.generation.options import Options
 from ftops.generation.session import Reader
 
-# Steps for which prompts gather before they are read beside answers, where a step is a replay: reading launches every kernel by itself, as a
-# step that is no replay does, and that took the host 14.5 ms for an 8B model, however few tokens there were.
+# Steps for which prompts gather before they are read beside answers, where a step is a replay: reading launches every kernel by itself, as
+# a step that is no replay does, and that took the host 14.5 ms for an 8B model, however few tokens there were.
 PATIENCE = 4
 
 
