@@ -47,10 +47,11 @@ def title(found: Bench) -> str:
 
 def show(console: Console, found: Bench) -> None:
     on_gpu = found.device.type == "cuda"
+    unit, size = ("GiB", 2**30) if max(run.memory for run in found.runs) >= 2**30 else ("MiB", 2**20)
     console.print(title(found), markup=False, highlight=False)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("batch", "context", "run", "first\nms", "a token\nms", "tokens/s", "speed",
-                   "GPU\nGiB" if on_gpu else "weights\nGiB", "same"):
+                   f"{'GPU' if on_gpu else 'weights'}\n{unit}", "same"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column != "run", overflow="fold")
     place = None
     for run in found.runs:
@@ -65,7 +66,7 @@ def show(console: Console, found: Bench) -> None:
         ratio = speed(run, found)
         colour = "" if ratio is None or run.side == BASELINE else "[green]" if ratio >= 1 else "[red]"
         table.add_row(*names, f"{1e3 * run.first:,.1f}", f"{1e3 * run.token:,.2f}", f"{run.rate:,.0f}",
-                      "" if ratio is None else f"{colour}{ratio:.2f} x", f"{run.memory / 2**30:,.2f}",
+                      "" if ratio is None else f"{colour}{ratio:.2f} x", f"{run.memory / size:,.1f}",
                       "" if run.equal is None or run.side == BASELINE else f"{run.equal:.0%}")
     console.print(table)
     console.print(
