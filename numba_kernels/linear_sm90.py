@@ -1,9 +1,10 @@
-"""linear for many rows on Hopper (sm_90a): out = act(x W^T + bias) + residual, W of 16 bits, or int8 or e4m3 with a scale a row.
+"""linear for many rows on Hopper (sm_90a): out = act(x W^T + bias) + residual, W of 16 bits, int8 or e4m3 with a scale a row, or int4 with
+a scale, and perhaps a zero point, a row and group of k, as ftops/packing.py has it.
 
 Blocks of one producer thread (linear_sm90_load.py) and two consumer warpgroups (linear_sm90_math.py) with a ring of stages between them.
 A tile is 128 features by 64, 128 or 256 rows of x; blocks stay, and their producers run ahead into the next tile. What is multiplied is
-W x^T, so that weights of 8 bits are widened on their way to registers, wgmma's A operand, and few rows of x waste nothing. Where there
-are fewer tiles than multiprocessors, the blocks of a cluster share the k of a tile and add their sums through each other's shared memory.
+W x^T, so that weights of 8 and 4 bits are widened on their way to registers, wgmma's A operand, and few rows of x waste nothing. Where
+there are fewer tiles than multiprocessors, the blocks of a cluster share a tile's k and add their sums through each other's shared memory.
 Floors, predictions and the plan of the first measurements: docs/tuning/linear_sm90.md.
 """
 from __future__ import annotations
@@ -17,13 +18,15 @@ from ftops.numba_kernels import ptx
 from ftops.numba_kernels import ptx_sm90 as hopper
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.linear_sm90_config import COLUMNS, FEATURES, Config
+from ftops.numba_kernels.linear_sm90_finish import make_finish
 from ftops.numba_kernels.linear_sm90_load import make_produce, place
-from ftops.numba_kernels.linear_sm90_math import make_finish, make_multiply, make_place
+from ftops.numba_kernels.linear_sm90_math import make_multiply
 
 CONSUMERS = 256  # threads
-# Tensor maps of W and x; scales, bias, residual (0 = not given), out; elements between rows of the residual; rows of x, features, stages
-# of a whole k, blocks that share it, whether all rows of out and of the residual begin on 8 bytes; the activation.
-SIGNATURE = "tt" + "pppp" + "l" + "iiiii" + "iff"
+# Tensor maps of W, x and int4's scales (for others, any); other scales, bias, residual (0 = not given), out; elements between rows of the
+# residual; rows of x, features, stages of a whole k, blocks that share it, whether all rows of out and of the residual begin on 8 bytes;
+# int4: logarithm of a group's pieces of 32 values of k, bytes of what four rows have; the activation.
+SIGNATURE = "ttt" + "pppp" + "l" + "iiiii" + "ii" + "iff"
 
 
 def make(config: Config) -> Callable:
@@ -32,13 +35,13 @@ def make(config: Config) -> Callable:
     of_consumers = np.uint32(CONSUMERS)
     # 40 + 2 * 232 registers of three warpgroups' threads: all that the block was launched with, 504 of a lane of each.
     give, take, wait_0 = hopper.SETMAXNREG["dec", 40], hopper.SETMAXNREG["inc", 232], hopper.WGMMA_WAIT[0]
-    produce, place_w, multiply, (end, end_shared) = make_produce(config), make_place(config), make_multiply(config), make_finish(config)
+    produce, (place_w, multiply), (end, end_shared) = make_produce(config), make_multiply(config), make_finish(config)
 
-    def linear_sm90(w_map, x_map, scale_gl, bias_gl, residual_gl, out_gl, residual_stride, rows, features, steps, splits, wide, form,
-                    linear, cubic):
+    def linear_sm90(w_map, x_map, scale_map, scale_gl, bias_gl, residual_gl, out_gl, residual_stride, rows, features, steps, splits, wide,
+                    group_shift, record, form, linear, cubic):
         base = np.uint32((ptx.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00))
         thread = np.uint32(cuda.threadIdx.x)
-        w_tensor, x_tensor = hopper.tensor_map(w_map), hopper.tensor_map(x_map)
+        w_tensor, x_tensor, scale_tensor = hopper.tensor_map(w_map), hopper.tensor_map(x_map), hopper.tensor_map(scale_map)
         if thread == np.uint32(0):
             hopper.prefetch_tensor_map(w_tensor)
             hopper.prefetch_tensor_map(x_tensor)
@@ -61,7 +64,8 @@ def make(config: Config) -> Callable:
         if thread >= of_consumers:
             give()
             if thread == of_consumers:
-                produce(base, w_tensor, x_tensor, tile, apart, of_features, of_rows, begin, np.uint32(begin + count))
+                produce(base, w_tensor, x_tensor, scale_tensor, tile, apart, of_features, of_rows, begin, np.uint32(begin + count),
+                        np.uint32(group_shift), np.uint32(record))
             if blocks != np.uint32(1):
                 # Every thread of a cluster takes part in its barriers, which the consumers pass twice; a warp does as one.
                 cuda.syncwarp()
@@ -73,7 +77,8 @@ def make(config: Config) -> Callable:
 
         take()
         speaker = thread & np.uint32(31) == np.uint32(0)
-        w_first, selector = place_w(base)
+        shift, bytes_of_four = np.uint32(group_shift), np.uint32(record)
+        where = place_w(base, shift, bytes_of_four)
         acc = cuda.local.array(n_acc, np.float32)
         slot, phase = np.uint32(0), np.uint32(0)
         while tile < of_features * of_rows:
@@ -84,7 +89,7 @@ def make(config: Config) -> Callable:
             while waiting != np.uint32(0):
                 hopper.mbarrier_wait(base + full_at + np.uint32(8) * slot, phase)
                 stage = np.uint32(slot * stage_bytes)
-                multiply(acc, w_first + stage, selector, base + stage + w_bytes, before)
+                multiply(acc, where, stage, base + stage + w_bytes, shift, bytes_of_four, before)
                 before = np.uint32(base + empty_at + np.uint32(8) * slot) if speaker else np.uint32(0)
                 phase = np.uint32(phase ^ np.uint32(slot == last))
                 slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))

@@ -13,33 +13,44 @@ _SHARED = 227 * 1024 - 1008  # of a block, with 1008 bytes to align the base: dy
 
 @dataclass(frozen=True)
 class Config:
-    """kind of W: 16-bit, int8 or e4m3; dtype of x; columns: rows of x a tile, the columns of W x^T."""
+    """kind of W: 16-bit, int8, e4m3 or int4; dtype of x; columns: rows of x a tile, the columns of W x^T."""
 
     kind: str
     dtype: str
     columns: int
 
     @property
-    def item(self) -> int:
-        return 2 if self.kind == "16-bit" else 1
+    def bits(self) -> int:
+        """Of a value of W."""
+        return BITS[self.kind]
 
     @property
     def depth(self) -> int:
         """Values of k a stage: 128 bytes of a row of W, which memory serves best; half of that where x is most of the stage."""
-        return 128 if self.item == 1 and self.columns < 256 else 64
+        return 64 if self.bits == 16 or self.columns == 256 else 128
+
+    @property
+    def pieces(self) -> int:
+        """Of 32 values of k a stage: as int4 is stored."""
+        return self.depth // 32
 
     @property
     def w_bytes(self) -> int:
         """In a stage, before x."""
-        return FEATURES * self.depth * self.item
+        return FEATURES * self.depth * self.bits // 8
 
     @property
     def x_bytes(self) -> int:
         return self.columns * self.depth * 2
 
     @property
-    def stage_bytes(self) -> int:
+    def scale_at(self) -> int:
+        """In a stage, behind W and x: what int4's groups of k have, 32 rows of W at a time."""
         return self.w_bytes + self.x_bytes
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.scale_at + (FEATURES // 32 * self.pieces * 128 if self.kind == "int4" else 0)
 
     @property
     def stages(self) -> int:
@@ -60,11 +71,12 @@ class Config:
         return self.empty_at + 8 * self.stages + 1008
 
 
-COLUMNS = {"16-bit": (64, 128, 256), "int8": (64, 256), "e4m3": (64,)}  # more rows of e4m3 are multiplied in eight bits
+BITS = {"16-bit": 16, "int8": 8, "e4m3": 8, "int4": 4}
+COLUMNS = {"16-bit": (64, 128, 256), "int8": (64, 256), "e4m3": (64,), "int4": (64, 256)}  # more rows of e4m3 are multiplied in eight bits
 # Rows of x from which the op takes this kernel: none, until it has been measured beside the library's.
-FROM_ROWS = {"16-bit": 1 << 31, "int8": 1 << 31, "e4m3": 1 << 31}
+FROM_ROWS = dict.fromkeys(BITS, 1 << 31)
 # Clocks, predicted (docs/tuning/linear_sm90.md): of a tile's start and end; of an instruction issued beside wgmma, the tensor cores' own.
-_AROUND, _WIDEN = 4000, 2.5
+_AROUND, _WIDEN = 4000, {16: 0, 8: 2.5, 4: 2.5}
 _L2_BYTES = 36  # a clock and multiprocessor: what 750 TFLOP/s take with tiles of 128 x 256
 _MEMORY_BYTES = 2600  # a clock of all multiprocessors, 4.5 TB/s at 1.73 GHz
 
@@ -92,8 +104,8 @@ def clocks(config: Config, rows: int, features: int, depth: int, multiprocessors
     """Predicted time."""
     of_features, of_rows = tiles_of(config, rows, features)
     splits = splits_of(config, rows, features, depth, multiprocessors)
-    multiply = FEATURES * config.columns / 2048 + (_WIDEN if config.item == 1 else 0)  # of one value of k, as are the next two
-    bring = (FEATURES * config.item + 2 * config.columns) / _L2_BYTES
+    multiply = FEATURES * config.columns / 2048 + _WIDEN[config.bits]  # of one value of k, as are the next two
+    bring = (FEATURES * config.bits / 8 + 2 * config.columns) / _L2_BYTES
     rounds = -(-of_features * of_rows * splits // multiprocessors)
     in_tiles = rounds * (max(multiply, bring) * depth / splits + _AROUND)
-    return max(in_tiles, (features * depth * config.item + 2 * rows * (depth + features)) / _MEMORY_BYTES + _AROUND)
+    return max(in_tiles, (features * depth * config.bits / 8 + 2 * rows * (depth + features)) / _MEMORY_BYTES + _AROUND)

@@ -21,14 +21,37 @@ def place(tile, of_features, of_rows):
     return np.uint32(first + rest - row * there), row
 
 
+def make_fetch(config: Config) -> Callable:
+    """fetch(stage, full, w_tensor, scale_tensor, k, feature, group_shift, record): W of a stage, and int4's scales; counted at `full`."""
+    scale_at, pieces, other_bytes = np.uint32(config.scale_at), np.uint32(config.pieces), np.uint32(config.scale_at)
+    four, five, zero = np.uint32(4), np.uint32(5), np.uint32(0)
+
+    if config.kind != "int4":
+        @cuda.jit(device=True, forceinline=True)
+        def fetch(stage, full, w_tensor, scale_tensor, k, feature, group_shift, record):
+            hopper.mbarrier_expect(full, other_bytes)
+            hopper.tma_load_2d(stage, w_tensor, full, k, feature)
+    else:
+        @cuda.jit(device=True, forceinline=True)
+        def fetch(stage, full, w_tensor, scale_tensor, k, feature, group_shift, record):
+            """A piece of 32 rows and 32 values of k is four rows of 128 bytes; a group of 32 rows has 8 records."""
+            piece, rows = np.uint32(k >> five), np.uint32(feature >> five)
+            groups = np.uint32(max(np.uint32(pieces >> group_shift), np.uint32(1)))
+            hopper.mbarrier_expect(full, other_bytes + np.uint32(FEATURES // 32) * groups * record * np.uint32(8))
+            hopper.tma_load_4d(stage, w_tensor, full, zero, piece * four, rows, zero)
+            hopper.tma_load_4d(stage + scale_at, scale_tensor, full, zero, np.uint32(piece >> group_shift), rows, zero)
+    return fetch
+
+
 def make_produce(config: Config) -> Callable:
-    """produce(base, w_tensor, x_tensor, tile, apart, of_features, of_rows, begin, end): stages `begin` to `end` of every apart-th tile."""
+    """produce(base, w_tensor, x_tensor, scale_tensor, tile, apart, of_features, of_rows, begin, end, group_shift, record): stages `begin`
+    to `end` of every apart-th tile."""
     depth, columns, chunks, last = np.uint32(config.depth), np.uint32(config.columns), config.depth // CHUNK, np.uint32(config.stages - 1)
     stage_bytes, w_bytes, chunk_bytes = np.uint32(config.stage_bytes), np.uint32(config.w_bytes), 128 * config.columns
-    full_at, empty_at = np.uint32(config.full_at), np.uint32(config.empty_at)
+    full_at, empty_at, fetch = np.uint32(config.full_at), np.uint32(config.empty_at), make_fetch(config)
 
     @cuda.jit(device=True, forceinline=True)
-    def produce(base, w_tensor, x_tensor, tile, apart, of_features, of_rows, begin, end):
+    def produce(base, w_tensor, x_tensor, scale_tensor, tile, apart, of_features, of_rows, begin, end, group_shift, record):
         slot, phase = np.uint32(0), np.uint32(1)
         while tile < of_features * of_rows:
             feature_tile, row_tile = place(tile, of_features, of_rows)
@@ -37,8 +60,7 @@ def make_produce(config: Config) -> Callable:
             while waiting != np.uint32(0):
                 hopper.mbarrier_wait(base + empty_at + np.uint32(8) * slot, phase)
                 full, stage = np.uint32(base + full_at + np.uint32(8) * slot), np.uint32(base + slot * stage_bytes)
-                hopper.mbarrier_expect(full, stage_bytes)
-                hopper.tma_load_2d(stage, w_tensor, full, k, feature)
+                fetch(stage, full, w_tensor, scale_tensor, k, feature, group_shift, record)
                 for c in range(chunks):
                     hopper.tma_load_2d(stage + w_bytes + np.uint32(c * chunk_bytes), x_tensor, full, k + np.uint32(CHUNK * c), row)
                 phase = np.uint32(phase ^ np.uint32(slot == last))
