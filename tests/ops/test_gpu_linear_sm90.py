@@ -5,13 +5,15 @@ import pytest
 import torch
 
 from ftops.ops.bias_activation import ACTIVATIONS
+from ftops.packing import dequantise_4bit, pack_4bit, pack_groups
 from tests.accuracy import assert_accurate, in_float64
 from tests.ops.test_gpu import CUDA, HALVES, poisoned
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="a kernel of sm_90a")]
 NARROW = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
-TILES = [(kind, columns) for kind, numbers in {"16-bit": (64, 128, 256), "int8": (64, 256), "e4m3": (64,)}.items() for columns in numbers]
+TILES = [(kind, columns) for kind, numbers in {"16-bit": (64, 128, 256), "int8": (64, 256), "e4m3": (64,), "int4": (64, 256)}.items()
+         for columns in numbers]
 # rows, N, K and what follows the product
 SIZES = {
     "row": (1, 128, 64, {}),
@@ -33,12 +35,19 @@ def poison(rows: int, columns: int, stride: int, dtype: torch.dtype, scale: floa
     return whole[:, :columns]
 
 
-def sample(kind: str, dtype: torch.dtype, rows: int, N: int, K: int, options: dict) -> tuple:
+def sample(kind: str, dtype: torch.dtype, rows: int, N: int, K: int, options: dict, group_size: int = 128, zeros: bool = True) -> tuple:
     """(x, weight as it is stored, its scales, bias, residual, activation, weight in float64)."""
     x, bias, residual = poison(rows, K, -(-K // 8) * 8 + 16, dtype), None, None
     if kind == "16-bit":
         weight, scales = poison(N, K, -(-K // 8) * 8 + 8, dtype, K ** -0.5), None
         exact = weight.double()
+    elif kind == "int4":
+        values = torch.randint(16, (N, K), dtype=torch.uint8)
+        per_group = (torch.rand(N, -(-K // group_size)) + 0.5) / (8 * K ** 0.5)
+        if zeros:
+            per_group = torch.stack((per_group, torch.randint(16, per_group.shape)), -1)
+        weight, scales = pack_4bit(values, group_size).to(CUDA), pack_groups(per_group).to(CUDA, dtype)
+        exact = dequantise_4bit(weight, scales, N, K, torch.float64)
     else:
         values = torch.nn.functional.pad(torch.randn(N, K, device=CUDA) * 60, (0, -K % 16)).clamp(-128, 127)
         weight, scales = values.to(NARROW[kind]), (torch.rand(N, device=CUDA) + 0.5) / (60 * K ** 0.5)
@@ -51,9 +60,11 @@ def sample(kind: str, dtype: torch.dtype, rows: int, N: int, K: int, options: di
 
 
 def run(sampled: tuple, picked: tuple) -> torch.Tensor:
-    from ftops.numba_kernels.linear_sm90_launch import launch
-    x, weight, scales, bias, residual, activation, _ = sampled
+    from ftops.numba_kernels.linear_sm90_launch import launch, launch_w4a16
+    x, weight, scales, bias, residual, activation, exact = sampled
     with poisoned():
+        if weight.dtype is torch.int32:
+            return launch_w4a16(x, weight, scales, exact.shape[0], bias, activation, residual, picked)
         return launch(x, weight, scales, bias, activation, residual, picked)
 
 
@@ -89,7 +100,18 @@ def test_blocks_that_share_a_k(size, kind, columns, splits):
     check(run(sampled, (Config(kind, "bfloat16", columns), splits)), sampled)
 
 
-@pytest.mark.parametrize("kind", ["16-bit", "int8", "e4m3"])
+@pytest.mark.parametrize("dtype", **HALVES)
+@pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("columns", [64, 256])
+def test_groups_of_int4(columns, group_size, zeros, dtype):
+    from ftops.numba_kernels.linear_sm90_config import Config
+    for K, splits in ((2048, 1), (1000, 1), (1000, 2), (20, 1)):
+        sampled = sample("int4", dtype, 70, 200, K, {"bias": True}, group_size, zeros)
+        check(run(sampled, (Config("int4", str(dtype)[6:], columns), splits)), sampled)
+
+
+@pytest.mark.parametrize("kind", ["16-bit", "int8", "e4m3", "int4"])
 @pytest.mark.parametrize("rows", [17, 64, 300, 1024])
 def test_what_is_picked(rows, kind):
     for N, K in ((6144, 4096), (4096, 14336), (1280, 8192)):
