@@ -9,7 +9,7 @@ from typing import Any
 from bench.record import OURS, RESULTS, ROOT, figures, slug
 
 DOCS = ROOT / "docs"
-SUITES = {"attention": "Attention", "linear": "Linear layers", "ops": "Other ops", "models": "Whole models",
+SUITES = {"attention": "Attention", "linear": "Linear layers", "ops": "Other ops", "models": "Whole models", "generation": "Generation",
           "quantised": "Quantised models", "host": "Host side"}
 HEAD = """# Benchmarks
 
