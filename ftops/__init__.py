@@ -103,8 +103,8 @@ def generate(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: to
     penalties, bad_words, stop, eos_token_id, seed, ...; numbers may be tensors of one a row. return_logprobs=True, return_logits=True or
     return_hidden_states=True (of the context, [B,S,hidden]): a `ftops.generation.Generated` that has these too.
     draft_model: a smaller patched decoder of the same vocabulary, which writes num_draft_tokens (5) ahead of what the model then checks in
-    one step; the tokens stay what they are. num_beams, with num_return_sequences, length_penalty, early_stopping and beam_diversity_rate: the
-    best sequences of a beam search, [B num_return_sequences, S + N]. progress=True: a bar on standard error, if that is a terminal.
+    one step; the tokens stay what they are. num_beams, with num_return_sequences, length_penalty, early_stopping and beam_diversity_rate:
+    the best sequences of a beam search, [B num_return_sequences, S + N]. progress=True: a bar on standard error, if that is a terminal.
     On a GPU a decode step is the replay of one CUDA graph, captured at the second token of the first call of its kind and kept with its
     cache for the next call. Raises TypeError or ValueError.
     """
@@ -118,9 +118,12 @@ def stream(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torc
     return implementation(model, input_ids, attention_mask, **options)
 
 
-def conversation(model: torch.nn.Module, batch: int = 1, capacity: int = 4096) -> Any:
-    """A talk with a patched decoder, in turns, whose cache of `capacity` tokens a row is kept: `chat.generate(new_ids, **options)` and
-    `chat.stream` read what is new alone and answer as `generate` would answer all of it; `chat.rewind(length)` forgets. Raises ValueError.
+def conversation(model: torch.nn.Module, batch: int = 1, capacity: int | None = None) -> Any:
+    """A talk with a patched decoder, in turns, whose cache is kept: `chat.generate(new_ids, **options)` and `chat.stream` read what is new
+    alone and answer as `generate` would answer all of it; `chat.rewind(length)` forgets.
+
+    batch: rows, which take their turns together. capacity: tokens a row, prompts and answers (None: what the model allows, 4096 at most),
+    for which memory is taken at the first turn. Raises ValueError.
     """
     from ftops.integrations.transformers.conversation import Conversation
     return Conversation(model, batch, capacity)

@@ -12,6 +12,8 @@ from ftops.generation import Generated, Loop, Session, Stream
 from ftops.integrations.transformers.checks import checked, most
 from ftops.integrations.transformers.decoder import CausalDecoder, fingerprint, unfit
 
+CAPACITY = 4096  # tokens a row, if nothing is said and the model allows them
+
 
 class Conversation:
     """Turns of one batch of talks, over one cache and the graphs that were captured for it.
@@ -21,11 +23,12 @@ class Conversation:
     said before, `stop` and the limits are of the answer, and the seed draws as it would there.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: int = 1, capacity: int = 4096) -> None:
+    def __init__(self, model: PreTrainedModel, batch: int = 1, capacity: int | None = None) -> None:
         reason = unfit(model, stays=True)
         if reason is not None:
             raise ValueError(f"conversation: {type(model).__name__} cannot be served: {reason}")
-        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or capacity
+        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        capacity = min(longest or CAPACITY, CAPACITY) if capacity is None else capacity
         for name, value, low, high in (("batch", batch, 1, None), ("capacity", capacity, 2, longest)):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= (high or value):
                 raise ValueError(f"conversation: {name} is {value!r}; allowed: {low} " + (f"to {high}, the positions of this model" if high

@@ -144,6 +144,7 @@ def test_wrong_use_is_refused():
         ftops.conversation(model, 0, 100)
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be served: it has no ftops block"):
         ftops.conversation(tiny("llama"), capacity=100)
+    assert ftops.conversation(model).capacity == 128
     chat, (ids, mask) = ftops.conversation(model, 2, 40), prompt(batch=2)
     with pytest.raises(ValueError, match=r"input_ids is \(3, 12\); allowed: \[2,S\], the batch size that it was made for"):
         chat.generate(prompt(batch=3)[0])
