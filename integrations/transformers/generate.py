@@ -16,7 +16,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from ftops.generation import BeamOptions, Generated, Loop, Options, Stream
 from ftops.integrations.transformers.beams import generate_beams, search
 from ftops.integrations.transformers.checks import checked, most
-from ftops.integrations.transformers.decoder import fixed, forget, session, unfit
+from ftops.integrations.transformers.decoder import cache_dtype, fixed, forget, session, unfit
 from ftops.integrations.transformers.speculation import speculate
 from ftops.integrations.transformers.swap import Swapped, change_class, original_class, swapped_class
 from ftops.integrations.transformers.translate import counted, translated, unserved
@@ -99,7 +99,8 @@ class Generating(Swapped):
             options, reason = translated(input_ids, logits_processor, stopping_criteria, generation_config)
         if options is not None and (options.processors or options.criteria):
             options, reason = None, "beams with processors or criteria of the caller's"
-        if options is None or not fixed(self):  # on a CPU growing caches are faster, and transformers reorders those
+        # On a CPU growing caches are faster, and transformers reorders those.
+        if options is None or not (fixed(self) or cache_dtype(self) is not None):
             _say(reason)
             return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
                                         **model_kwargs)
