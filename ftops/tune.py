@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from ftops.ops import op_module
-from ftops.ops.candidates import OF_FORMAT, Run, measured_rows
+from ftops.ops.candidates import OF_FORMAT, Offer, Run, measured_rows
 from ftops.quant import FORMATS
 from ftops.timing import Side, allowed_error, copies_for, error, median, one_round, prepare, rounds_for
 
 CHECKED = 64  # rows of x whose result is compared with the formula
-Offer = Callable[..., tuple[str, dict[str, Run]]]  # (x, *weight) -> (problem, candidates, the untuned choice first)
 
 
 @dataclass

@@ -31,7 +31,6 @@ PIECE_BYTES = 64  # of a row that the four lanes t of a fragment load at once
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 RESIDENT_WARPS = 16  # of a multiprocessor, by registers
 BATCHES = {"16-bit": (8, 16), "int8": (8, 16, 32), "e4m3": (8, 16, 32)}
-OPS = {"16-bit": "linear", "int8": "linear_w8a16", "e4m3": "linear_fp8"}
 TUNED = (4, 2), (4, 3), (4, 4), (8, 2), (2, 4)  # warps and stages that `ftops tune` measures where a block has the memory
 
 
@@ -76,10 +75,11 @@ def pick(kind: str, dtype: str, rows: int) -> Config:
     return Config(kind, dtype, batch, stages=3 if kind != "16-bit" and batch <= 16 else 2)
 
 
-def candidates(kind: str, dtype: str, rows: int) -> list[Config]:
-    """What `ftops tune` measures: what `pick` takes, and the same with other warps and stages."""
+def candidates(kind: str, dtype: str, rows: int) -> dict[str, Config]:
+    """What `ftops tune` measures, by name: first what `pick` takes, then the same with other warps and stages."""
     first = pick(kind, dtype, rows)
-    return [first, *(other for warps, stages in TUNED if (other := replace(first, warps=warps, stages=stages)) != first)]
+    others = (replace(first, warps=warps, stages=stages) for warps, stages in TUNED)
+    return {tuned.name_of("linear", config): config for config in (first, *others)}
 
 
 def make(config: Config) -> Callable:
@@ -249,7 +249,8 @@ def serves(x: torch.Tensor, weight: torch.Tensor, max_rows: int | None) -> bool:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _takes(kind: torch.dtype, dtype: torch.dtype, shape: tuple[int, int], rows: int, max_rows: int, device: int) -> bool:
-    return tuned.takes("linear", tuned.problem(OPS[KINDS.get(kind, "16-bit")], dtype, *shape), rows, rows <= max_rows, device)
+    problem = tuned.problem(tuned.op_of(KINDS.get(kind, "16-bit")), dtype, *shape)
+    return tuned.takes("linear", problem, rows, rows <= max_rows, device)
 
 
 @functools.cache
@@ -257,8 +258,7 @@ def _kernel(kind: str, dtype: torch.dtype, rows: int, N: int, width: int, device
             config: Config | None = None) -> tuple[Kernel, int, int]:
     """(kernel, blocks for x, blocks for W)."""
     if config is None:
-        offered = candidates(kind, DTYPE_NAME[dtype], rows)
-        config = tuned.chosen(tuned.problem(OPS[kind], dtype, N, width), rows, device, "linear", offered) or offered[0]
+        config = tuned.chosen(tuned.problem(tuned.op_of(kind), dtype, N, width), rows, device, candidates(kind, DTYPE_NAME[dtype], rows))
     blocks_x = -(-rows // config.batch)
     blocks, shared_bytes = spread(-(-N // TILE_ROWS), blocks_x, config.shared_bytes, RESIDENT_WARPS // config.warps, device)
     return load(spec(config, shared_bytes), device), blocks_x, blocks

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from ftops.numba_kernels import tuned
 from ftops.numba_kernels.launch import Kernel, capability, load, multiprocessors
 from ftops.numba_kernels.linear_sm90 import spec
-from ftops.numba_kernels.linear_sm90_config import CHUNK, FEATURES, FROM_ROWS, Config, pick, splits_of, tiles_of
+from ftops.numba_kernels.linear_sm90_config import CHUNK, COLUMNS, FEATURES, FROM_ROWS, Config, pick, splits_of, tiles_of
 from ftops.numba_kernels.linear_tile import aligned_x, form_of
 from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
 from ftops.numba_kernels.tma import tiles
@@ -17,18 +18,51 @@ KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this kernel is the fastest for x[..., K] and weight[N, width], whose rows must be whole 16-byte accesses apart."""
-    if x.numel() < FROM_ROWS[KINDS.get(weight.dtype, "16-bit")] * x.shape[-1] or not x.numel() or x.dtype is torch.float32:
-        return False
+    """Whether this kernel is taken for x[..., K] and weight[N, width]: it was the fastest, or, unmeasured, from FROM_ROWS rows on."""
+    kind = KINDS.get(weight.dtype, "16-bit")
+    return _wanted(kind, 0, x, weight.shape) and can_serve(x, weight)
+
+
+def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """On Hopper, x of 16 bits, and rows of the weight that are whole 16-byte accesses apart."""
     stride, dense = weight.stride()
-    return (weight.shape[0] > 0 and dense == 1 and not (stride * weight.element_size() | weight.data_ptr()) & 15
+    return (x.numel() > 0 and x.dtype is not torch.float32 and weight.shape[0] > 0 and dense == 1
+            and not (stride * weight.element_size() | weight.data_ptr()) & 15 and capability(x.device.index) == (9, 0))
+
+
+def serves_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int) -> bool:
+    """As `serves`, for x of 16 bits."""
+    return (_wanted("int4", 32 * packed.shape[1] // scales.shape[1], x, (features, x.shape[-1])) and x.numel() > 0
             and capability(x.device.index) == (9, 0))
 
 
+def _wanted(kind: str, group_size: int, x: torch.Tensor, shape: tuple[int, int]) -> bool:
+    values, K, device = x.numel(), x.shape[-1], x.device.index
+    if device in tuned.UNTUNED:
+        return values >= FROM_ROWS[kind] * K
+    return _takes(kind, group_size, x.dtype, *shape, values // K, device)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _takes(kind: str, group_size: int, dtype: torch.dtype, N: int, K: int, rows: int, device: int) -> bool:
+    problem = tuned.problem(tuned.op_of(kind, group_size), dtype, N, K)
+    return tuned.takes("linear_sm90", problem, rows, rows >= FROM_ROWS[kind], device)
+
+
+def candidates(kind: str, dtype: str, rows: int, N: int, K: int, device: int) -> dict[str, tuple[Config, int]]:
+    """What `ftops tune` measures, by name: first what `pick` and `splits_of` give, then each tile with and without blocks that share it."""
+    most = multiprocessors(device)
+    first = pick(kind, dtype, rows, N, K, most)
+    offered = [(first, splits_of(first, rows, N, K, most))]
+    for config in (Config(kind, dtype, columns) for columns in COLUMNS[kind]):
+        offered += [(config, splits_of(config, rows, N, K, most)), (config, 1)]
+    return {f"{tuned.name_of('linear_sm90', config)}, splits {splits}": (config, splits) for config, splits in offered}
+
+
 @functools.cache
-def _picked(kind: str, dtype: torch.dtype, rows: int, N: int, K: int, device: int) -> tuple[Config, int]:
-    config = pick(kind, DTYPE_NAME[dtype], rows, N, K, multiprocessors(device))
-    return config, splits_of(config, rows, N, K, multiprocessors(device))
+def _picked(kind: str, group_size: int, dtype: torch.dtype, rows: int, N: int, width: int, K: int, device: int) -> tuple[Config, int]:
+    problem = tuned.problem(tuned.op_of(kind, group_size), dtype, N, width)
+    return tuned.chosen(problem, rows, device, candidates(kind, DTYPE_NAME[dtype], rows, N, K, device))
 
 
 @functools.cache
@@ -47,7 +81,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, b
         w_map = tiles(weight.data_ptr(), weight.dtype, (width, N), (weight.stride(0),), (config.depth, FEATURES))
         return w_map, w_map, scale_at, 0, 0
 
-    return _start(KINDS.get(weight.dtype, "16-bit"), x, N, stored, bias, activation, residual, picked)
+    return _start((KINDS.get(weight.dtype, "16-bit"), 0, width), x, N, stored, bias, activation, residual, picked)
 
 
 def launch_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None,
@@ -63,12 +97,14 @@ def launch_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, fe
                           4 * record * groups * of_32), (4 * record, max(1, config.pieces >> shift), FEATURES // 32, 1))
         return w_map, scale_map, 0, shift, record
 
-    return _start("int4", x, features, stored, bias, activation, residual, picked)
+    return _start(("int4", 32 * pieces // groups, x.shape[-1]), x, features, stored, bias, activation, residual, picked)
 
 
-def _start(kind: str, x: torch.Tensor, N: int, stored: Callable[[Config], tuple[bytes | int, ...]], bias: torch.Tensor | None,
-           activation: str | None, residual: torch.Tensor | None, picked: tuple[Config, int] | None) -> torch.Tensor:
-    """stored(config): maps of W and of int4's scales, address of other scales, how int4 is grouped."""
+def _start(weight: tuple[str, int, int], x: torch.Tensor, N: int, stored: Callable[[Config], tuple[bytes | int, ...]],
+           bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None,
+           picked: tuple[Config, int] | None) -> torch.Tensor:
+    """weight: kind, values of k that share a scale of int4, columns. stored(config): maps of W and of int4's scales, address of other
+    scales, how int4 is grouped."""
     rows, device = x.numel() // x.shape[-1], x.device.index
     out = x.new_empty((*x.shape[:-1], N))
     x, x_stride, K = aligned_x(x, rows)
@@ -81,7 +117,7 @@ def _start(kind: str, x: torch.Tensor, N: int, stored: Callable[[Config], tuple[
         residual, residual_stride = rows_of(residual)
         residual_at = residual.data_ptr()
         wide = wide and not (residual_stride % 4 or residual_at % 8)
-    config, splits = picked or _picked(kind, x.dtype, rows, N, K, device)
+    config, splits = picked or _picked(*weight[:2], x.dtype, rows, N, weight[2], K, device)
     of_features, of_rows = tiles_of(config, rows, N)
     blocks = of_features * of_rows * splits if splits > 1 else min(of_features * of_rows, multiprocessors(device))
     w_map, scale_map, scale_at, shift, record = stored(config)

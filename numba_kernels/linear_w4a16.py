@@ -67,10 +67,11 @@ def pick(dtype: str, rows: int, group_size: int) -> Config:
     return Config(dtype, batch, records, {8: 8 if records == 1 else 4, 16: 4, 32: 2}[batch])
 
 
-def candidates(dtype: str, rows: int, group_size: int) -> list[Config]:
-    """What `ftops tune` measures: what `pick` takes, and the same with other warps and stages."""
+def candidates(dtype: str, rows: int, group_size: int) -> dict[str, Config]:
+    """What `ftops tune` measures, by name: first what `pick` takes, then the same with other warps and stages."""
     first = pick(dtype, rows, group_size)
-    return [first, *(other for warps, stages in TUNED if (other := replace(first, warps=warps, stages=stages)) != first)]
+    others = (replace(first, warps=warps, stages=stages) for warps, stages in TUNED)
+    return {tuned.name_of("linear_w4a16", config): config for config in (first, *others)}
 
 
 def make_piece(config: Config) -> Callable:
@@ -264,11 +265,6 @@ def variants() -> Iterator[Spec]:
                 yield spec(pick(dtype, rows, group_size))
 
 
-def op_of(group_size: int) -> str:
-    """In names of what `ftops tune` has measured."""
-    return f"linear_w4a16 g{group_size}"
-
-
 def serves(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, max_rows: int) -> bool:
     """Whether this kernel is taken for x[..., K] of 16 bits: it was the fastest, or, unmeasured, up to max_rows rows."""
     values, K, device = x.numel(), x.shape[-1], x.device.index
@@ -279,7 +275,7 @@ def serves(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features
 
 @functools.lru_cache(maxsize=1 << 14)
 def _takes(group_size: int, dtype: torch.dtype, features: int, K: int, rows: int, max_rows: int, device: int) -> bool:
-    return tuned.takes("linear_w4a16", tuned.problem(op_of(group_size), dtype, features, K), rows, rows <= max_rows, device)
+    return tuned.takes("linear_w4a16", tuned.problem(tuned.op_of("int4", group_size), dtype, features, K), rows, rows <= max_rows, device)
 
 
 @functools.cache
@@ -288,8 +284,8 @@ def _kernel(dtype: torch.dtype, rows: int, features: int, K: int, group_size: in
     """(kernel, blocks for x, blocks for W)."""
     tiles = -(-features // TILE_ROWS)
     if config is None:
-        offered = candidates(DTYPE_NAME[dtype], rows, group_size)
-        config = tuned.chosen(tuned.problem(op_of(group_size), dtype, features, K), rows, device, "linear_w4a16", offered) or offered[0]
+        config = tuned.chosen(tuned.problem(tuned.op_of("int4", group_size), dtype, features, K), rows, device,
+                              candidates(DTYPE_NAME[dtype], rows, group_size))
     blocks_x = -(-rows // config.batch)
     blocks, shared_bytes = spread(tiles, blocks_x, config.shared_bytes, RESIDENT_WARPS // config.warps, device)
     return load(spec(config, shared_bytes), device), blocks_x, blocks

@@ -16,10 +16,10 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,8 +30,14 @@ _LOG = logging.getLogger("ftops")
 _FORMAT = 1
 LIBRARY = "library"  # the name of PyTorch's own product, cuBLASLt
 ROWS = tuple(2 ** n for n in range(14))  # of x that are measured; others go by the next larger one
+T = TypeVar("T")
 Winners = dict[str, dict[int, str]]  # by problem, then by rows
 UNTUNED: set[int | None] = set()  # devices without a file, as is known since the first question: the others then cost a launch 0.1 us
+
+
+def op_of(kind: str, group_size: int = 0) -> str:
+    """The op of weights of `kind`, as problems name it."""
+    return {"16-bit": "linear", "int8": "linear_w8a16", "e4m3": "linear_fp8"}.get(kind) or f"linear_w4a16 g{group_size}"
 
 
 def problem(op: str, dtype: torch.dtype, N: int, K: int) -> str:
@@ -51,10 +57,10 @@ def winner(problem: str, rows: int, device: int) -> str | None:
     return None if measured is None else measured.get(next((most for most in ROWS if most >= rows), ROWS[-1]))
 
 
-def chosen(problem: str, rows: int, device: int, kernel: str, configs: Iterable[Any]) -> Any | None:
-    """Which of `configs` has won, or None."""
+def chosen(problem: str, rows: int, device: int, candidates: Mapping[str, T]) -> T:
+    """What has won of `candidates`, by name; where none has, the first."""
     name = winner(problem, rows, device)
-    return None if name is None else next((config for config in configs if name_of(kernel, config) == name), None)
+    return candidates[name] if name in candidates else next(iter(candidates.values()))
 
 
 def takes(kernel: str, problem: str, rows: int, untuned: bool, device: int) -> bool:

@@ -15,6 +15,7 @@ from ftops.ops import op_module
 from ftops.packing import PIECE_K
 
 Run = Callable[..., torch.Tensor]
+Offer = Callable[..., tuple[str, dict[str, Run]]]  # (x, *weight) -> (name of the problem, candidates)
 FAR = 4  # times as many rows as are taken unmeasured are measured of a kernel for few
 
 
@@ -37,72 +38,92 @@ def known(device: int) -> tuple[Path, int]:
 
 
 def of_linear(x: torch.Tensor, weight: torch.Tensor) -> tuple[str, dict[str, Run]]:
-    """(name of the problem, candidates) of ops.linear."""
-    module = op_module("linear")
-    return _few_rows(x, weight, module.MAX_ROWS, FAR * module.MAX_ROWS, lambda x, weight: module.library(x, weight, None, None, None))
+    return _of_rows("linear", x, weight, lambda x, weight: op_module("linear").library(x, weight, None, None, None))
 
 
 def of_linear_w8a16(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> tuple[str, dict[str, Run]]:
-    module = op_module("linear_w8a16")
-    return _few_rows(x, values, module.MAX_ROWS, FAR * module.MAX_ROWS, partial(_written_out, module))
+    def library(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        dense = op_module("linear_w8a16").dequantise(values, scales, x.shape[-1], x.dtype)
+        return op_module("linear").library(x, dense, None, None, None)
+
+    return _of_rows("linear_w8a16", x, values, library)
 
 
 def of_linear_fp8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> tuple[str, dict[str, Run]]:
-    """Of more rows there is nothing to choose: they are rounded to eight bits, which is another result."""
-    module = op_module("linear_fp8")
-    name, found = _few_rows(x, values, module.MAX_ROWS, module.MAX_ROWS, partial(_written_out, module))
-    return name, found if len(x) <= module.MAX_ROWS else {}
+    """The library, and our kernels at more rows, are left out: the op then rounds x to eight bits, which is another result."""
+    name, found = _of_rows("linear_fp8", x, values, None)
+    return name, found if len(x) <= op_module("linear_fp8").MAX_ROWS else {}
 
 
 def of_linear_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int) -> tuple[str, dict[str, Run]]:
+    from ftops.numba_kernels import linear_sm90_launch as hopper
     from ftops.numba_kernels import linear_w4a16 as kernel
     from ftops.numba_kernels import tuned
     from ftops.numba_kernels.dequantise import launch as dequantise
-    module, group_size = op_module("linear_w4a16"), PIECE_K * packed.shape[1] // scales.shape[1]
-    ours = {}
-    if len(x) <= FAR * module.MAX_ROWS:
-        ours = {tuned.name_of("linear_w4a16", config): partial(_int4, kernel, config)
-                for config in _fitting(kernel.candidates(str(x.dtype)[6:], len(x), group_size), x.device)}
+    most, group_size, dtype = op_module("linear_w4a16").MAX_ROWS, PIECE_K * packed.shape[1] // scales.shape[1], str(x.dtype)[6:]
+    few: dict[str, Run] = {}
+    if len(x) <= FAR * most:
+        few = {name: partial(_w4a16, kernel.launch, config=config)
+               for name, config in _fitting(kernel.candidates(dtype, len(x), group_size), x.device).items()}
+    many = {name: partial(_w4a16, hopper.launch_w4a16, picked=picked)
+            for name, picked in _on_hopper("int4", x, features, x.shape[-1]).items()}
 
     def library(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int) -> torch.Tensor:
         return op_module("linear").library(x, dequantise(packed, scales, features, x.shape[-1]), None, None, None)
 
-    return (tuned.problem(kernel.op_of(group_size), x.dtype, features, x.shape[-1]),
-            _ordered(ours, library, len(x) <= module.MAX_ROWS))
+    return (tuned.problem(tuned.op_of("int4", group_size), x.dtype, features, x.shape[-1]),
+            _ordered("int4", few, many, library, len(x), most))
 
 
-OF_FORMAT: dict[str | None, Callable[..., tuple[str, dict[str, Run]]]] = {
-    None: of_linear, "int8": of_linear_w8a16, "fp8": of_linear_fp8, "int4": of_linear_w4a16}
+OF_FORMAT: dict[str | None, Offer] = {None: of_linear, "int8": of_linear_w8a16, "fp8": of_linear_fp8, "int4": of_linear_w4a16}
 
 
-def _few_rows(x: torch.Tensor, weight: torch.Tensor, most: int, far: int, library: Run) -> tuple[str, dict[str, Run]]:
+def _of_rows(op: str, x: torch.Tensor, weight: torch.Tensor, library: Run | None) -> tuple[str, dict[str, Run]]:
+    """Of weights that lie row by row."""
     from ftops.numba_kernels import linear as kernel
+    from ftops.numba_kernels import linear_sm90_launch as hopper
     from ftops.numba_kernels import tuned
-    kind, ours = kernel.KINDS.get(weight.dtype, "16-bit"), {}
-    if len(x) <= far and kernel.serves(x, weight, None):
-        ours = {tuned.name_of("linear", config): partial(_launched, kernel, config)
-                for config in _fitting(kernel.candidates(kind, str(x.dtype)[6:], len(x)), x.device)}
-    return tuned.problem(kernel.OPS[kind], x.dtype, *weight.shape), _ordered(ours, library, len(x) <= most)
+    most, kind = op_module(op).MAX_ROWS, kernel.KINDS.get(weight.dtype, "16-bit")
+    few: dict[str, Run] = {}
+    many: dict[str, Run] = {}
+    if len(x) <= FAR * most and kernel.serves(x, weight, None):
+        few = {name: partial(_rows, kernel.launch, config=config)
+               for name, config in _fitting(kernel.candidates(kind, str(x.dtype)[6:], len(x)), x.device).items()}
+    if hopper.can_serve(x, weight):
+        many = {name: partial(_rows, hopper.launch, picked=picked)
+                for name, picked in _on_hopper(kind, x, weight.shape[0], x.shape[1]).items()}
+    return tuned.problem(tuned.op_of(kind), x.dtype, *weight.shape), _ordered(kind, few, many, library, len(x), most)
 
 
-def _launched(kernel: Any, config: Any, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
-    return kernel.launch(x, weight, scales, None, None, None, config=config)
+def _rows(launch: Run, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, **picked: Any) -> torch.Tensor:
+    return launch(x, weight, scales, None, None, None, **picked)
 
 
-def _int4(kernel: Any, config: Any, x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int) -> torch.Tensor:
-    return kernel.launch(x, packed, scales, features, None, None, None, config=config)
+def _w4a16(launch: Run, x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, **picked: Any) -> torch.Tensor:
+    return launch(x, packed, scales, features, None, None, None, **picked)
 
 
-def _written_out(module: Any, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return op_module("linear").library(x, module.dequantise(values, scales, x.shape[-1], x.dtype), None, None, None)
-
-
-def _fitting(configs: list[Any], device: torch.device) -> list[Any]:
+def _fitting(candidates: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Those whose shared memory a block can have; 99 KiB on some GPUs, 227 on others."""
     most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return [config for config in configs if config.shared_bytes <= most]
+    return {name: config for name, config in candidates.items() if config.shared_bytes <= most}
 
 
-def _ordered(ours: dict[str, Run], library: Run, few: bool) -> dict[str, Run]:
+def _on_hopper(kind: str, x: torch.Tensor, N: int, K: int) -> dict[str, Any]:
+    from ftops.numba_kernels import linear_sm90_launch as hopper
+    from ftops.numba_kernels.launch import capability
+    if capability(x.device.index) != (9, 0):
+        return {}
+    return hopper.candidates(kind, str(x.dtype)[6:], len(x), N, K, x.device.index)
+
+
+def _ordered(kind: str, few: dict[str, Run], many: dict[str, Run], library: Run | None, rows: int, most: int) -> dict[str, Run]:
+    """First those of which one is taken unmeasured, as the ops ask."""
+    from ftops.numba_kernels.linear_sm90_config import FROM_ROWS
     from ftops.numba_kernels.tuned import LIBRARY
-    return {**ours, LIBRARY: library} if few else {LIBRARY: library, **ours}
+    others = {} if library is None else {LIBRARY: library}
+    if few and rows <= most:
+        return {**few, **many, **others}
+    if many and rows >= FROM_ROWS[kind]:
+        return {**many, **few, **others}
+    return {**others, **few, **many}

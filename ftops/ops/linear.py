@@ -52,10 +52,13 @@ def followed(y: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
 
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear import serves
-    few_rows = make_few_rows()
+    from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
+    few_rows, many_rows = make_few_rows(), make_many_rows()
 
     def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return few_rows(x, weight, None, *rest) if serves(x, weight, MAX_ROWS) else library(x, weight, *rest)
+        if serves(x, weight, MAX_ROWS):
+            return few_rows(x, weight, None, *rest)
+        return many_rows(x, weight, None, *rest) if serves_many(x, weight) else library(x, weight, *rest)
     return linear
 
 
@@ -71,6 +74,18 @@ def make_few_rows() -> Callable[..., torch.Tensor]:
             return followed(launch(x, weight, scales, bias, None, None), None, activation, residual)
         return launch(x, weight, scales, bias, GLU[activation], residual, gated=True)
     return few_rows
+
+
+def make_many_rows() -> Callable[..., torch.Tensor]:
+    """many_rows(x, weight, scales, bias, activation, residual): by the kernel for many rows on Hopper; a gate is a launch behind it."""
+    from ftops.numba_kernels.linear_sm90_launch import launch
+
+    def many_rows(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
+                  residual: torch.Tensor | None) -> torch.Tensor:
+        if activation in GLU:
+            return followed(launch(x, weight, scales, bias, None, None), None, activation, residual)
+        return launch(x, weight, scales, bias, activation, residual)
+    return many_rows
 
 
 def fake(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ftops.op import Case, register, straight
-from ftops.ops.linear import columns, fake, followed, library, make_few_rows
+from ftops.ops.linear import columns, fake, followed, library, make_few_rows, make_many_rows
 from ftops.ops.linear import reference as linear_reference
 from ftops.ops.linear_w8a16 import check_8bit
 from ftops.samples import randn
@@ -40,13 +40,16 @@ def _library(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest:
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.launch import capability
     from ftops.numba_kernels.linear import serves
+    from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
     from ftops.numba_kernels.quantise_rows import launch as quantise
-    few_rows = make_few_rows()
+    few_rows, many_rows = make_few_rows(), make_many_rows()
 
     def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
                residual: torch.Tensor | None) -> torch.Tensor:
         if serves(x, values, MAX_ROWS):
             return few_rows(x, values, scales, bias, activation, residual)
+        if serves_many(x, values):
+            return many_rows(x, values, scales, bias, activation, residual)
         N, width = values.shape
         eight_bits = capability(x.device.index) >= (8, 9) and not (N | width) % 16 and values.is_contiguous()
         if not eight_bits or x.dtype is torch.float32 or not x.numel():

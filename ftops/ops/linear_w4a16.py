@@ -40,19 +40,23 @@ def _cpu(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: 
 
 
 def _cuda() -> Callable[..., Any]:
+    from ftops.numba_kernels import linear_sm90_launch as hopper
+    from ftops.numba_kernels import linear_w4a16 as few
     from ftops.numba_kernels.dequantise import launch as dequantise
-    from ftops.numba_kernels.linear_w4a16 import launch, serves
 
     def linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
-        K = x.shape[-1]
         if x.dtype is torch.float32:
             return _library(x, packed, scales, features, *rest)
-        if serves(x, packed, scales, features, MAX_ROWS):
-            bias, activation, residual = rest
-            if activation in GLU:  # gate and up are in tiles of their own
-                return followed(launch(x, packed, scales, features, bias, None, None), None, activation, residual)
-            return launch(x, packed, scales, features, *rest)
-        return library(x, dequantise(packed, scales, features, K), *rest)
+        if few.serves(x, packed, scales, features, MAX_ROWS):
+            launch = few.launch
+        elif hopper.serves_w4a16(x, packed, scales, features):
+            launch = hopper.launch_w4a16
+        else:
+            return library(x, dequantise(packed, scales, features, x.shape[-1]), *rest)
+        bias, activation, residual = rest
+        if activation in GLU:  # gate and up are in tiles of their own
+            return followed(launch(x, packed, scales, features, bias, None, None), None, activation, residual)
+        return launch(x, packed, scales, features, *rest)
     return linear
 
 

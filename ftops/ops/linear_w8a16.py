@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
-from ftops.ops.linear import check_beside_weight, columns, fake, followed, library, make_few_rows
+from ftops.ops.linear import check_beside_weight, columns, fake, followed, library, make_few_rows, make_many_rows
 from ftops.ops.linear import reference as linear_reference
 from ftops.packing import described
 from ftops.samples import randn
@@ -55,10 +55,13 @@ def _cpu(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torc
 
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear import serves
-    few_rows = make_few_rows()
+    from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
+    few_rows, many_rows = make_few_rows(), make_many_rows()
 
     def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return (few_rows if serves(x, values, MAX_ROWS) else _library)(x, values, scales, *rest)
+        if serves(x, values, MAX_ROWS):
+            return few_rows(x, values, scales, *rest)
+        return (many_rows if serves_many(x, values) else _library)(x, values, scales, *rest)
     return linear
 
 

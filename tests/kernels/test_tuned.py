@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from ftops.numba_kernels import linear, linear_w4a16, tuned
+from ftops.numba_kernels import linear_sm90_launch as hopper
 from ftops.numba_kernels.tuned import LIBRARY, ROWS, chosen, file_of, keep, name_of, problem, takes, winner
 
 GPU = "NVIDIA H200"
 OF_LINEAR = problem("linear", torch.bfloat16, 6144, 4096)
 FIRST = linear.pick("16-bit", "bfloat16", 4)
-OTHER = next(config for config in linear.candidates("16-bit", "bfloat16", 4) if config != FIRST)
+OTHER = list(linear.candidates("16-bit", "bfloat16", 4).values())[2]
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +22,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache and a GPU with a name."""
     monkeypatch.setenv("FTOPS_CACHE", str(tmp_path))
     monkeypatch.setattr(tuned, "gpu_of", lambda device: GPU)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
     forget()
     yield tmp_path / "tuned"
     forget()
@@ -30,6 +32,8 @@ def forget():
     tuned.forget()
     linear._takes.cache_clear()
     linear_w4a16._takes.cache_clear()
+    hopper._takes.cache_clear()
+    hopper._picked.cache_clear()
 
 
 def test_what_was_kept_is_taken(cache):
@@ -111,16 +115,18 @@ def test_another_source_of_a_kernel_is_another_key(monkeypatch, tmp_path):
 
 
 def test_names_tell_candidates_apart():
-    """The winner of a file is looked for by its name."""
-    for configs in (*(linear.candidates(kind, "bfloat16", rows) for kind in linear.BATCHES for rows in (1, 16, 100)),
-                    *(linear_w4a16.candidates("float16", rows, size) for rows in (1, 16, 100) for size in (32, 128))):
-        assert len({name_of("linear", config) for config in configs}) == len(configs) > 3
+    """The winner of a file is looked for by its name, whose first word is the kernel's."""
+    for kernel, offered in (*(("linear", linear.candidates(kind, "bfloat16", rows)) for kind in linear.BATCHES for rows in (1, 16, 100)),
+                            *(("linear_w4a16", linear_w4a16.candidates("float16", rows, size)) for rows in (1, 100) for size in (32, 128)),
+                            *(("linear_sm90", hopper.candidates("int8", "float16", rows, 512, 4096, 0)) for rows in (64, 8192))):
+        assert len({str(config) for config in offered.values()}) == len(offered) >= 2
+        assert all(name.startswith(f"{kernel}: ") for name in offered)
     assert name_of("linear", FIRST) == "linear: batch 8, warps 4, stages 2"
 
 
 def test_a_name_that_no_candidate_has_changes_nothing():
     keep(0, {OF_LINEAR: {4: "linear: batch 999, warps 4, stages 2"}})
-    assert chosen(OF_LINEAR, 4, 0, "linear", [FIRST, OTHER]) is None
+    assert chosen(OF_LINEAR, 4, 0, linear.candidates("16-bit", "bfloat16", 4)) == FIRST
 
 
 @pytest.fixture
@@ -145,9 +151,9 @@ def test_linear_takes_the_winner_and_otherwise_what_pick_says(planned):
 
 
 def test_linear_w4a16_takes_the_winner(planned):
-    offered = linear_w4a16.candidates("float16", 16, 64)
-    keep(0, {problem(linear_w4a16.op_of(64), torch.float16, 96, 256): {16: name_of("linear_w4a16", offered[2])}})
-    assert linear_w4a16._kernel(torch.float16, 16, 96, 256, 64, 0)[0] == offered[2]
+    name, other = list(linear_w4a16.candidates("float16", 16, 64).items())[2]
+    keep(0, {problem("linear_w4a16 g64", torch.float16, 96, 256): {16: name}})
+    assert linear_w4a16._kernel(torch.float16, 16, 96, 256, 64, 0)[0] == other
     assert linear_w4a16._kernel(torch.float16, 16, 96, 256, 128, 0)[0] == linear_w4a16.pick("float16", 16, 128)
 
 
@@ -163,6 +169,18 @@ def test_serves_asks_for_the_weight_as_it_lies():
     keep(None, {problem("linear", torch.bfloat16, 48, 4096): {32: name_of("linear", FIRST)}})
     assert linear.serves(x, weight, 16)
     assert not linear.serves(x.float(), weight.float(), 16)  # what it cannot take, no measurement makes it take
+
+
+def test_the_kernel_for_many_rows_is_taken_where_it_has_won():
+    """Also below the rows from which it is taken unmeasured, with the tile and the split that won."""
+    offered = hopper.candidates("int8", "float16", 200, 512, 4096, 0)
+    name, other = list(offered.items())[1]
+    sizes = ("int8", 0, torch.float16, 512, 4096)
+    assert hopper._takes(*sizes, 200, 0) == (hopper.FROM_ROWS["int8"] <= 200)
+    forget()
+    keep(0, {problem("linear_w8a16", torch.float16, 512, 4096): {256: name, 512: LIBRARY}})
+    assert hopper._takes(*sizes, 200, 0) and not hopper._takes(*sizes, 400, 0)
+    assert hopper._picked("int8", 0, torch.float16, 200, 512, 4096, 4096, 0) == other != next(iter(offered.values()))
 
 
 @pytest.mark.parametrize("known", [False, True])
