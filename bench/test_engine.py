@@ -1,4 +1,4 @@
-"""Many requests through ftops.Engine, beside batches of as many equal requests that begin and end together, which nobody has to schedule."""
+"""Many requests through ftops.Engine, beside batches of as many equal ones that begin and end together, which nobody has to schedule."""
 from __future__ import annotations
 
 import random
