@@ -75,9 +75,10 @@ BITS = {"16-bit": 16, "int8": 8, "e4m3": 8, "int4": 4}
 COLUMNS = {"16-bit": (64, 128, 256), "int8": (64, 256), "e4m3": (64,), "int4": (64, 256)}  # more rows of e4m3 are multiplied in eight bits
 # Rows of x from which the op takes this kernel: none, until it has been measured beside the library's.
 FROM_ROWS = dict.fromkeys(BITS, 1 << 31)
-# Clocks, predicted (docs/tuning/linear_sm90.md): of a tile's start and end; of an instruction issued beside wgmma, the tensor cores' own.
-_AROUND, _WIDEN = 4000, {16: 0, 8: 2.5, 4: 2.5}
-_L2_BYTES = 36  # a clock and multiprocessor: what 750 TFLOP/s take with tiles of 128 x 256
+# Predicted, in clocks (docs/tuning/linear_sm90.md): a tile's start and end; for a value of k, what a scheduler's two warps issue beside
+# wgmma, of which each instruction costs the tensor cores a clock.
+_AROUND, _ISSUED = 4000, {16: 1.3, 8: 3.9, 4: 5.5}
+_L2_BYTES = 38  # a clock and multiprocessor: what 750 TFLOP/s take with tiles of 128 x 256
 _MEMORY_BYTES = 2600  # a clock of all multiprocessors, 4.5 TB/s at 1.73 GHz
 
 
@@ -104,7 +105,7 @@ def clocks(config: Config, rows: int, features: int, depth: int, multiprocessors
     """Predicted time."""
     of_features, of_rows = tiles_of(config, rows, features)
     splits = splits_of(config, rows, features, depth, multiprocessors)
-    multiply = FEATURES * config.columns / 2048 + _WIDEN[config.bits]  # of one value of k, as are the next two
+    multiply = FEATURES * config.columns / 2048 + _ISSUED[config.bits]  # of one value of k, as are the next two
     bring = (FEATURES * config.bits / 8 + 2 * config.columns) / _L2_BYTES
     rounds = -(-of_features * of_rows * splits // multiprocessors)
     in_tiles = rounds * (max(multiply, bring) * depth / splits + _AROUND)
