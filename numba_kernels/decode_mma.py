@@ -213,7 +213,7 @@ def spec(config: Config, shared_bytes: int = 0, dependent: bool = False) -> Spec
     """shared_bytes above what is needed keep further blocks from a multiprocessor."""
     shared_bytes = max(shared_bytes, config.shared()[-1])
     return Spec(make, config, SIGNATURE, threads=32 * config.warps, shared_bytes=shared_bytes, min_blocks=config.resident,
-                dependent=dependent)
+                dependent=dependent, halves=config.cache == "16-bit")
 
 
 def variants() -> Iterator[Spec]:

@@ -14,7 +14,7 @@ import numpy as np
 from numba import cuda
 
 from ftops.numba_kernels import ptx
-from ftops.numba_kernels.rows import ITEM
+from ftops.numba_kernels.rows import DTYPES, ITEM
 
 THREADS = 256
 COALESCED = 8  # threads of a row, if it is that long: 128 bytes, a cache line
@@ -37,8 +37,8 @@ def pick(dtype: str, vec: int, inputs: int) -> Config:
 
 def configs(inputs: int) -> Iterator[Config]:
     """Every Config that `pick` can give."""
-    for dtype, item in ITEM.items():
-        yield from (pick(dtype, 16 // item, inputs), pick(dtype, 1, inputs))
+    for dtype in DTYPES:
+        yield from (pick(dtype, 16 // ITEM[dtype], inputs), pick(dtype, 1, inputs))
 
 
 @functools.cache

@@ -129,7 +129,7 @@ def make_products(dtype: str, head_dim: int, keys: int, row_tiles: int, q_regist
     dim_blocks, key_blocks = head_dim // 16, keys // 16
     mma, pair = ptx.MMA[dtype], ptx.PAIR[dtype]
     kept = 4 * row_tiles
-    ones = np.uint32(0x3F803F80 if dtype == "bfloat16" else 0x3C003C00)
+    ones = ptx.ONES[dtype]
 
     @cuda.jit(device=True, forceinline=True)
     def load_q(q_reg, at, q):
@@ -167,7 +167,7 @@ def make_products(dtype: str, head_dim: int, keys: int, row_tiles: int, q_regist
                 of = (r * key_blocks + n) * 8
                 for i in range(4):
                     p[4 * r + i] = pair(score[of + 2 * i], score[of + 2 * i + 1])
-                mma(total, 4 * r, p[4 * r], p[4 * r + 1], p[4 * r + 2], p[4 * r + 3], ones, ones)
+                mma(total, 4 * r, p[4 * r], p[4 * r + 1], p[4 * r + 2], p[4 * r + 3], ones(), ones())
             for d in range(dim_blocks):
                 b0, b1, b2, b3 = ptx.ldmatrix_x4_trans(at[d % places] + v + np.uint32(16 * n * pitch + (d - d % places) * 32))
                 for r in range(row_tiles):

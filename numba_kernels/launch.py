@@ -11,7 +11,8 @@ import threading
 
 import torch
 
-from ftops.numba_kernels.compile import OLDEST, Spec, cubin
+from ftops.numba_kernels.compile import Spec, cubin
+from ftops.numba_kernels.front_end import OLDEST
 
 _FORMATS = {"p": "Q", "i": "i", "u": "I", "l": "q", "f": "f", "t": "128s"}
 _LOCK = threading.Lock()

@@ -134,7 +134,7 @@ def spec(config: Config) -> Spec:
     threads = config.threads * config.rows
     # Two blocks of a long row would spill on sm_120, more than 512 threads with 16 accesses on sm_90a.
     resident = threads if config.reread else 1024 if config.vec > 1 else 512
-    return Spec(make, config, SIGNATURE, threads, min_blocks=resident // threads, dependent=True)
+    return Spec(make, config, SIGNATURE, threads, min_blocks=resident // threads, dependent=True, halves=True)
 
 
 def variants() -> Iterator[Spec]:

@@ -5,6 +5,8 @@ or the linker serialised wgmma (C7509, or C7512 for want of registers) or ignore
 """
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 import re
 import sys
@@ -14,6 +16,7 @@ from multiprocessing import get_context
 
 from ftops.numba_kernels import KERNELS, variants_of
 from ftops.numba_kernels.compile import Cubin, Spec, cubins
+from ftops.numba_kernels.machine_code import find_ptxas
 
 
 def complaints(spec: Spec, made: Cubin) -> str:
@@ -24,18 +27,29 @@ def complaints(spec: Spec, made: Cubin) -> str:
     return "; ".join(wrong)
 
 
-def build_kernel(name: str, index: int, arches: list[str]) -> list[tuple[str, str, Cubin, str]]:
-    """Compiles variant `index` of kernel `name`: (arch, variant, cubin, what is wrong). Specs do not travel between processes."""
-    spec = list(variants_of(name))[index]
-    return [(made.arch, spec.name, made, complaints(spec, made)) for made in cubins(spec, arches)]
+def build_kernel(name: str, indices: list[int], arches: Sequence[str]) -> list[tuple[str, str, Cubin, str]]:
+    """Compiles variants `indices` of kernel `name`: (arch, variant, cubin, what is wrong). Specs do not travel between processes."""
+    specs = list(variants_of(name))
+    built = [(made.arch, spec.name, made, complaints(spec, made)) for spec in (specs[index] for index in indices)
+             for made in cubins(spec, [arch for arch in arches if spec.only in (None, arch)], find_ptxas())]
+    gc.collect()
+    gc.freeze()
+    return built
+
+
+def _start() -> None:
+    """Of a worker: garbage is looked for after each job, among what that has made."""
+    gc.disable()
 
 
 def build_all(arches: Sequence[str], workers: int | None = None) -> Iterator[tuple[str, str, Cubin, str]]:
     """(arch, variant, cubin, what is wrong) of every kernel variant for each of `arches`, ascending, compiled in `workers` processes."""
-    jobs = [(name, index, [arch for arch in arches if spec.only in (None, arch)])
-            for name in KERNELS for index, spec in enumerate(variants_of(name))]
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
-        for built in pool.map(build_kernel, *zip(*jobs, strict=True), chunksize=2):  # neighbours share device functions
+    jobs: dict[Spec, tuple[str, list[int]]] = {}  # two halves of one source are a job
+    for name in KERNELS:
+        for index, spec in enumerate(variants_of(name)):
+            jobs.setdefault(spec.source, (name, []))[1].append(index)
+    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), get_context("spawn"), initializer=_start) as pool:
+        for built in pool.map(build_kernel, *zip(*jobs.values(), strict=True), itertools.repeat(arches)):
             yield from built
 
 

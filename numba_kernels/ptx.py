@@ -22,26 +22,33 @@ from numba.cuda.typing import signature
 _OPERAND = {"r": (ir.IntType(32), types.uint32), "l": (ir.IntType(64), types.uint64), "f": (ir.FloatType(), types.float32)}
 
 
-def _marked(texts: dict[int, str]) -> str:
-    """Texts by the first compute capability that has each, as one: Numba works once for all architectures, and `for_target` chooses."""
-    return "``" + "`".join(f"{since}:{text}" for since, text in texts.items()) + "``"
+HALVES = ("float16", "bfloat16")
 
 
-def for_target(llvm_ir: str, capability: int) -> tuple[str, float]:
-    """(llvm_ir with the texts of a compute capability such as 90, the capability from which it would be another)."""
-    ends = [float("inf")]
+def _marked(texts: dict[int, str] | dict[str, str]) -> str:
+    """Texts by the first compute capability that has each, or by dtype, as one: Numba and LLVM, which do not read them, work once for all,
+    and `for_target` chooses."""
+    first, *others = (f"{case}:{text}" for case, text in texts.items())
+    return "``" + "`".join((first, *(other.replace(";", "~") for other in others))) + "``"
 
+
+def for_target(code: str, capability: int, dtype: str | None) -> str:
+    """LLVM IR or PTX with the texts of a compute capability such as 90, and of the dtype, one of HALVES, that "16-bit" stands for."""
     def chosen(mark: re.Match) -> str:
-        texts = {int(since): text for since, _, text in (part.partition(":") for part in mark[1].split("`"))}
-        ends.extend(since for since in texts if since > capability)
-        return texts[max(since for since in texts if since <= capability)]
+        texts = {case: text for case, _, text in (part.partition(":") for part in mark[1].replace("~", ";").split("`"))}
+        return texts[dtype] if dtype in texts else texts[str(max(int(since) for since in texts if int(since) <= capability))]
 
-    return re.sub("``(.+?)``", chosen, llvm_ir), min(ends)
+    return re.sub("``(.+?)``", chosen, code)
+
+
+def with_half(texts: dict[str, str]) -> dict[str, str]:
+    """A text for each of HALVES, and for "16-bit", which stands for one of them until `for_target`."""
+    return texts | {"16-bit": _marked(texts)}
 
 
 def _as_intrinsic(name: str, params: list[str], codegen: Callable, result: types.Type) -> Callable:
     """`intrinsic` wants a function with a fixed parameter list, so its typing function is written out."""
-    arguments = ", ".join(params)
+    name, arguments = re.sub(r"\W", "_", name), ", ".join(params)
     source = f"def {name}({', '.join(['typingctx', *params])}):\n    return typed({arguments}), codegen\n"
     scope = {"typed": lambda *args: signature(result, *args), "codegen": codegen}
     exec(source, scope)
@@ -126,6 +133,8 @@ def shared_address(typingctx, array):
     return signature(types.uint32, array), codegen
 
 
+KIND = with_half({"float16": "f16", "bfloat16": "bf16"})  # as PTX has it
+
 # Global memory. `nc` goes through the read-only path: only for data that no thread of the launch writes.
 ld_global_16 = ptx("ld_global_16", "{ .reg .b16 t; ld.global.nc.b16 t, [$1]; cvt.u32.u16 $0, t; }", "r", "l")
 ld_global_8 = ptx("ld_global_8", "{ .reg .b16 t; ld.global.nc.u8 t, [$1]; cvt.u32.u16 $0, t; }", "r", "l")
@@ -193,9 +202,7 @@ ldmatrix_x4 = ptx("ldmatrix_x4", "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, 
 ldmatrix_x4_trans = ptx("ldmatrix_x4_trans", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];", "rrrr", "r")
 movmatrix_trans = ptx("movmatrix_trans", "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "r", "r")  # 8x8, held as ldmatrix holds it
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.%s.%s.f32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};"
-mma_bf16 = ptx_accumulate("mma_bf16", _MMA % ("bf16", "bf16"), 4, "rrrrrr")
-mma_f16 = ptx_accumulate("mma_f16", _MMA % ("f16", "f16"), 4, "rrrrrr")
-MMA = {"bfloat16": mma_bf16, "float16": mma_f16}
+MMA = {dtype: ptx_accumulate(f"mma_{dtype}", _MMA % (kind, kind), 4, "rrrrrr") for dtype, kind in KIND.items()}
 
 # Programmatic dependent launch (Spec.dependent), sm_90 and up: the next kernel may start now; what the kernel before has written is there.
 launch_dependents = ptx("launch_dependents", {80: "", 90: "griddepcontrol.launch_dependents;"})
@@ -207,12 +214,17 @@ here = ptx("here", "mov.b32 $0, $1;", "r", "r")
 # Conversions. A pair is a u32 whose low half comes first in memory.
 bits_f32 = ptx("bits_f32", "mov.b32 $0, $1;", "f", "r", pure=True)
 f32_bits = ptx("f32_bits", "mov.b32 $0, $1;", "r", "f", pure=True)
-bf16_low = ptx("bf16_low", "{ .reg .b32 t; shl.b32 t, $1, 16; mov.b32 $0, t; }", "f", "r", pure=True)
-bf16_high = ptx("bf16_high", "{ .reg .b32 t; and.b32 t, $1, 0xffff0000; mov.b32 $0, t; }", "f", "r", pure=True)
-bf16_pair = ptx("bf16_pair", "cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff", pure=True)
-f16_low = ptx("f16_low", "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", "f", "r", pure=True)
-f16_high = ptx("f16_high", "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", "f", "r", pure=True)
-f16_pair = ptx("f16_pair", "cvt.rn.f16x2.f32 $0, $2, $1;", "r", "ff", pure=True)
+LOW = {dtype: ptx(f"low_{dtype}", text, "f", "r", pure=True) for dtype, text in with_half({
+    "float16": "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }",
+    "bfloat16": "{ .reg .b32 t; shl.b32 t, $1, 16; mov.b32 $0, t; }"}).items()}
+HIGH = {dtype: ptx(f"high_{dtype}", text, "f", "r", pure=True) for dtype, text in with_half({
+    "float16": "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }",
+    "bfloat16": "{ .reg .b32 t; and.b32 t, $1, 0xffff0000; mov.b32 $0, t; }"}).items()}
+PAIR = {dtype: ptx(f"pair_{dtype}", f"cvt.rn.{kind}x2.f32 $0, $2, $1;", "r", "ff", pure=True) for dtype, kind in KIND.items()}
+ONES = {dtype: ptx(f"ones_{dtype}", f"mov.b32 $0, {word};", "r", pure=True) for dtype, word in with_half({
+    "float16": "0x3C003C00", "bfloat16": "0x3F803F80"}).items()}
+f16_low, f16_high, f16_pair = LOW["float16"], HIGH["float16"], PAIR["float16"]
+bf16_low, bf16_high, bf16_pair = LOW["bfloat16"], HIGH["bfloat16"], PAIR["bfloat16"]
 # Two 8-bit values to two float16. The low 16 bits of $1 are read; before sm_89 the exponent is moved and rebased (a NaN reads as 480).
 e4m3_to_f16_pair = ptx("e4m3_to_f16_pair", {
     80: "{ .reg .b32 a, s; prmt.b32 a, $1, 0, 0x1404; and.b32 s, a, 0x80008000; and.b32 a, a, 0x7f007f00; shr.u32 a, a, 1; or.b32 a, a, s; "
@@ -226,11 +238,7 @@ permute = ptx("permute", "prmt.b32 $0, $1, $2, $3;", "r", "rrr", pure=True)  # b
 sub_f16_pair = ptx("sub_f16_pair", "sub.rn.f16x2 $0, $1, $2;", "r", "rr", pure=True)
 and_or = ptx("and_or", "lop3.b32 $0, $1, $2, $3, 0xEA;", "r", "rrr", pure=True)  # ($1 & $2) | $3
 # a * b + c of two 16-bit values, rounded once.
-FMA_PAIR = {dtype: ptx(f"fma_{kind}_pair", f"fma.rn.{kind}x2 $0, $1, $2, $3;", "r", "rrr", pure=True)
-            for dtype, kind in (("bfloat16", "bf16"), ("float16", "f16"))}
-LOW = {"bfloat16": bf16_low, "float16": f16_low}
-HIGH = {"bfloat16": bf16_high, "float16": f16_high}
-PAIR = {"bfloat16": bf16_pair, "float16": f16_pair}
+FMA_PAIR = {dtype: ptx(f"fma_pair_{dtype}", f"fma.rn.{kind}x2 $0, $1, $2, $3;", "r", "rrr", pure=True) for dtype, kind in KIND.items()}
 
 # float32 arithmetic. Python literals are float64 in Numba: constants are written np.float32(...), and division is `reciprocal`.
 fma = ptx("fma", "fma.rn.f32 $0, $1, $2, $3;", "f", "fff", pure=True)

@@ -9,7 +9,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from ftops.numba_kernels.ptx import ptx, ptx_accumulate
+from ftops.numba_kernels.ptx import KIND, ptx, ptx_accumulate
 
 mbarrier_init = ptx("mbarrier_init", "mbarrier.init.shared::cta.b64 [$0], $1;", "", "rr")
 # Arrives, and announces $1 bytes.
@@ -48,7 +48,7 @@ SETMAXNREG = {(way, n): ptx(f"setmaxnreg_{way}_{n}", f"setmaxnreg.{way}.sync.ali
 wgmma_fence = ptx("wgmma_fence", "wgmma.fence.sync.aligned;")
 wgmma_commit = ptx("wgmma_commit", "wgmma.commit_group.sync.aligned;")
 WGMMA_WAIT = {n: ptx(f"wgmma_wait_{n}", f"wgmma.wait_group.sync.aligned {n};") for n in range(2)}  # until n groups at most are unfinished
-_WGMMA_DTYPE = {"bfloat16": (16, "bf16"), "float16": (16, "f16"), "float8_e4m3fn": (32, "e4m3")}  # depth of a product; 8 bits: K-major
+_WGMMA_DTYPE = {dtype: (16, kind) for dtype, kind in KIND.items()} | {"float8_e4m3fn": (32, "e4m3")}  # depth of a product; 8 bits: K-major
 stmatrix_x4 = ptx("stmatrix_x4", "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "", "rrrrr")
 # Four float32 to the four bytes of a word, e4m3, clipped to +-448.
 e4m3_quad = ptx("e4m3_quad", "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "

@@ -91,7 +91,8 @@ def make(config: Config) -> Callable:
 def spec(config: Config) -> Spec:
     threads = config.threads * config.rows
     # Two blocks of a long row would spill on sm_120.
-    return Spec(make, config, SIGNATURE, threads, min_blocks=1 if config.reread else 1024 // threads, dependent=True)
+    return Spec(make, config, SIGNATURE, threads, min_blocks=1 if config.reread else 1024 // threads, dependent=True,
+                halves=True)
 
 
 def variants() -> Iterator[Spec]:

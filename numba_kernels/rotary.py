@@ -18,7 +18,7 @@ from ftops.numba_kernels import ptx
 from ftops.numba_kernels.angles import cos_sin, make_table, table_layout
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, empty_like, load
-from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, widest, words_of
+from ftops.numba_kernels.rows import DTYPE_NAME, DTYPES, ITEM, make_convert, make_io, widest, words_of
 
 THREADS = 128
 
@@ -115,13 +115,13 @@ def make(config: Config) -> Callable:
 
 
 def spec(config: Config) -> Spec:
-    return Spec(make, config, "p" * 7 + "l" * 11 + "ui" + "u" * 8, THREADS, min_blocks=4)
+    return Spec(make, config, "p" * 7 + "l" * 11 + "ui" + "u" * 8, THREADS, min_blocks=4, halves=True)
 
 
 def variants() -> Iterator[Spec]:
     """Every variant that `pick` can give."""
-    for dtype, item in ITEM.items():
-        for vec in (16 // item, 1):
+    for dtype in DTYPES:
+        for vec in (16 // ITEM[dtype], 1):
             yield from (spec(pick(dtype, vec, interleaved)) for interleaved in (False, True))
 
 

@@ -21,7 +21,7 @@ from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.division import divide, inverse
 from ftops.numba_kernels.launch import Kernel, capability, empty_like, load
 from ftops.numba_kernels.narrow import make_narrow, scaled_down
-from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, rsqrt, words_of
+from ftops.numba_kernels.rows import DTYPE_NAME, DTYPES, ITEM, make_convert, make_io, rsqrt, words_of
 
 SIGNATURE = "p" * 15 + "l" * 29 + "i" * 19 + "fff"
 THREADS = 128
@@ -255,13 +255,13 @@ def make(config: Config) -> Callable:
 
 
 def spec(config: Config, dependent: bool = False) -> Spec:
-    return Spec(make, config, SIGNATURE, THREADS, min_blocks=6 if config.vec > 1 else 2, dependent=dependent)
+    return Spec(make, config, SIGNATURE, THREADS, min_blocks=6 if config.vec > 1 else 2, dependent=dependent, halves=True)
 
 
 def variants() -> Iterator[Spec]:
     """Every variant that `launch` can ask for."""
-    for dtype, item in ITEM.items():
-        yield from (spec(Config(dtype, vec)) for vec in (16 // item, 1))
+    for dtype in DTYPES:
+        yield from (spec(Config(dtype, vec)) for vec in (16 // ITEM[dtype], 1))
 
 
 @functools.cache

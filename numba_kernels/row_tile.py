@@ -13,7 +13,7 @@ import numpy as np
 from numba import cuda
 
 from ftops.numba_kernels import ptx
-from ftops.numba_kernels.rows import ITEM, make_convert, make_io, words_of
+from ftops.numba_kernels.rows import DTYPES, ITEM, make_convert, make_io, words_of
 
 # (accesses of a thread, threads of a row, rows of a block), the last also for longer rows. Two accesses are for heads of 128, where half
 # the arithmetic would be on nothing, three for rows of 768. One element an access: odd lengths are rare, and get few variants.
@@ -46,8 +46,8 @@ def pick(dtype: str, length: int, vec: int) -> Config:
 
 def configs() -> Iterator[Config]:
     """Every Config that `pick` can give."""
-    for dtype, item in ITEM.items():
-        for vec, sizes in ((16 // item, WIDE_SIZES), (1, NARROW_SIZES)):
+    for dtype in DTYPES:
+        for vec, sizes in ((16 // ITEM[dtype], WIDE_SIZES), (1, NARROW_SIZES)):
             longest = [accesses * threads * vec for accesses, threads, _ in sizes]
             yield from (pick(dtype, length, vec) for length in (*longest, longest[-1] + vec))
 

@@ -13,7 +13,8 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 
-ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = ("float32", *ptx.HALVES)
+ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "16-bit": 2}
 DTYPE_NAME = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 

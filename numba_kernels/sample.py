@@ -27,7 +27,7 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
-from ftops.numba_kernels.rows import DTYPE_NAME, ITEM, make_convert, make_io, rows_of, widest, words_of
+from ftops.numba_kernels.rows import DTYPE_NAME, DTYPES, ITEM, make_convert, make_io, rows_of, widest, words_of
 
 SIGNATURE = "pppppppplliiiiii"
 THREADS, WARPS = 1024, 32
@@ -313,8 +313,8 @@ def spec(config: Config) -> Spec:
 
 def variants() -> Iterator[Spec]:
     """Every variant that `pick` can give."""
-    for dtype, item in ITEM.items():
-        for vec in (1, 16 // item):
+    for dtype in DTYPES:
+        for vec in (1, 16 // ITEM[dtype]):
             yield spec(pick(dtype, vec))
 
 

@@ -72,7 +72,7 @@ def make(config: Config) -> Callable:
 
 
 def spec(config: Config) -> Spec:
-    return Spec(make, config, "pppppplluiff", threads=THREADS, min_blocks=4, dependent=True)
+    return Spec(make, config, "pppppplluiff", threads=THREADS, min_blocks=4, dependent=True, halves=True)
 
 
 def variants() -> Iterator[Spec]:

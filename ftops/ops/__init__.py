@@ -49,7 +49,7 @@ def kernel_cache() -> Path:
 
 def oldest_capability() -> tuple[int, int]:
     """The lowest compute capability of a GPU that the kernels serve."""
-    from ftops.numba_kernels.compile import OLDEST
+    from ftops.numba_kernels.front_end import OLDEST
     return OLDEST
 
 

@@ -32,9 +32,9 @@ def compiled(monkeypatch):
     calls = []
     original = compile.compile_spec
 
-    def counted(spec, arches):
+    def counted(spec, arches, *ptxas):
         calls.extend((spec, arch) for arch in arches)
-        return original(spec, arches)
+        return original(spec, arches, *ptxas)
 
     monkeypatch.setattr(compile, "compile_spec", counted)
     return calls

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ftops.numba_kernels import KERNELS, variants, variants_of
-from ftops.numba_kernels.compile import ARCHITECTURES, Cubin, compile_spec
+from ftops.numba_kernels.compile import ARCHITECTURES, Spec, compile_spec
 from ftops.numba_kernels.launch import capability
+from ftops.numba_kernels.machine_code import Cubin, find_ptxas
 from ftops.numba_kernels.prebuild import build_all, complaints
 from tests.kernels import tiny
 
@@ -36,7 +37,7 @@ def test_variants_are_distinct_and_take_what_they_declare(name):
     specs = list(variants_of(name))
     assert len(set(specs)) == len(specs) > 0
     for spec in {spec.make: spec for spec in specs}.values():
-        assert len(inspect.signature(spec.make(spec.config)).parameters) == len(spec.signature)
+        assert len(inspect.signature(spec.make(spec.source.config)).parameters) == len(spec.signature)
     for spec in specs:
         assert spec.threads % 32 == 0 and 32 <= spec.threads <= 1024
         assert 0 <= spec.shared_bytes <= 227 * 1024
@@ -55,15 +56,29 @@ def machine_code(made: Cubin) -> bytes:
                 if made.code[names + name :].startswith(b".text."))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "gated_activation", "rotary_append"])
-def test_code_for_several_architectures_is_the_code_for_each(name):
-    spec = next(variants_of(name))
-    together = list(compile_spec(spec, ARCHITECTURES))
-    assert [made.arch for made in together] == list(ARCHITECTURES)
-    for made in together:
-        alone, = compile_spec(spec, (made.arch,))
-        assert machine_code(made) == machine_code(alone)
-        assert (made.registers, made.spill_bytes, made.stack_bytes) == (alone.registers, alone.spill_bytes, alone.stack_bytes)
+def halves_of(name: str) -> list[Spec]:
+    """The variants, float16 and bfloat16, of the kernel's first source that makes both."""
+    first = next(spec for spec in variants_of(name) if spec.halves and spec.config.dtype == "float16")
+    return [spec for spec in variants_of(name) if spec.source == first.source]
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "gated_activation", "quantise_rows", "attention"])
+def test_code_made_with_that_of_others_is_the_code_made_alone(name):
+    """What the compile test and prebuild look at is what a user's GPU gets, who compiles one variant for one architecture."""
+    ptxas = find_ptxas()
+    if ptxas is None:
+        pytest.skip('no ptxas of the version of nvJitLink: pip install "cuda-toolkit[nvcc]"')
+    codes = set()
+    for spec in halves_of(name):
+        arches = [arch for arch in ARCHITECTURES if spec.only in (None, arch)]
+        together = list(compile_spec(spec, arches, ptxas))
+        assert [made.arch for made in together] == arches
+        for made in together:
+            alone, = compile_spec(spec, (made.arch,))
+            assert machine_code(made) == machine_code(alone)
+            assert (made.registers, made.spill_bytes, made.stack_bytes) == (alone.registers, alone.spill_bytes, alone.stack_bytes)
+            codes.add(machine_code(made))
+    assert len(codes) == 2 * len(arches)
 
 
 def test_instructions_that_depend_on_the_architecture():
