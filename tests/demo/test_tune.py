@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 import ftops
+from ftops import ops
 from ftops import tune as module
 from ftops.cli import main
 from ftops.integrations import tune as command
@@ -161,3 +162,32 @@ def test_on_a_gpu_winners_are_kept_and_taken(tmp_path, monkeypatch):
         tuned.forget()
         linear._takes.cache_clear()
         linear._kernel.cache_clear()
+
+
+CALLS = {None: ops.linear, "int8": ops.linear_w8a16, "fp8": ops.linear_fp8,
+         "int4": lambda x, packed, scales, N: ops.linear_w4a16(x, packed, scales, (N, x.shape[-1]))}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", CALLS)
+def test_on_a_gpu_the_op_runs_what_has_won(format, tmp_path, monkeypatch):
+    """Whatever has won: the op's result is that candidate's, bit for bit."""
+    from ftops.numba_kernels import linear, linear_sm90_launch, linear_w4a16, tuned
+    caches = (linear._takes, linear._kernel, linear_w4a16._takes, linear_w4a16._kernel, linear_sm90_launch._takes,
+              linear_sm90_launch._picked)
+    monkeypatch.setenv("FTOPS_CACHE", str(tmp_path))
+    weight = module.random_weight(format, 256, 512, torch.bfloat16, torch.device("cuda"))
+    x = torch.randn(64, 512, dtype=torch.bfloat16, device="cuda")
+    problem, candidates = weight.offer(x, *weight.tensors[0])
+    try:
+        for name, run in candidates.items():
+            tuned.keep(0, {problem: {64: name}})
+            for cache in caches:
+                cache.cache_clear()
+            assert torch.equal(CALLS[format](x, *weight.tensors[0]), run(x, *weight.tensors[0])), name
+        assert len(candidates) >= 4
+    finally:
+        monkeypatch.undo()
+        tuned.forget()
+        for cache in caches:
+            cache.cache_clear()
