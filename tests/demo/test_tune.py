@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -110,6 +111,37 @@ def test_the_table_says_what_an_unmeasured_choice_costs(tmp_path):
     assert "refused 1 times: linear: b: wrong: off" in text and "gpu.json" in text
     show(console, [], tmp_path / "gpu.json")
     assert "nothing to choose" in console.export_text()
+
+
+def test_the_command_keeps_what_later_processes_ask_for(tmp_path, monkeypatch, capsys):
+    """All of it but the GPU: each shape of the model, the table, the file."""
+    from ftops.numba_kernels import tuned
+    clock = Clock()
+
+    def fake_weight(format, N, K, dtype, device):
+        assert (format, dtype, device) == ("int8", torch.bfloat16, torch.device("cuda", 0))
+        dense = torch.randn(N, K)
+        return Weight(lambda x, _: (f"linear_w8a16 bfloat16 {N}x{K}", {"library": clock.candidate(3.0), "linear: a": clock.candidate(2.0)}),
+                      [(dense,)], dense)
+
+    for name, value in {"is_available": lambda: True, "current_device": lambda: 0, "device": lambda _: nullcontext(),
+                        "empty_cache": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(command, "random_weight", fake_weight)
+    monkeypatch.setattr(command, "Stopwatch", lambda device: clock)
+    monkeypatch.setattr(module, "measured_rows", lambda: (1, 2))
+    monkeypatch.setattr(tuned, "gpu_of", lambda device: "NVIDIA H200")
+    monkeypatch.setenv("FTOPS_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "100")
+    tuned.forget()
+    try:
+        assert main(["tune", "--quant", "w8a8", "int8"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "linear_w8a16 bfloat16" in shown and "1.50 x" in shown and "At most 1.10 x in 0 of 8" in shown
+        assert str(tmp_path / "tuned" / "nvidia_h200.json") in shown
+        assert tuned.winner("linear_w8a16 bfloat16 512x256", 2, 0) == "linear: a" and tuned.known(0)[1] == 4
+    finally:
+        tuned.forget()
 
 
 WRONG = [
