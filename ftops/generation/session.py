@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from ftops.generation import rules
+from ftops.generation.capture import capture
 from ftops.generation.rules import Given
 
 
@@ -110,8 +111,7 @@ class Session:
 
     def capture(self, given: Given, logprobs: bool, whole: bool) -> Captured:
         """One decode step as a CUDA graph. Every kernel in it must have run before."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.decoder.device), torch.cuda.graph(graph):
+        with capture(self.decoder.device) as graph:
             logits = self.forward()
             scores = self.choose(given, logits, logprobs) if whole else None
         self._captured[self._key(given, logprobs, whole)] = captured = Captured(graph, given, logits, scores)
