@@ -14,6 +14,7 @@ import torch
 from ftops.engine.scheduler import Chunk, Request
 from ftops.engine.table import Table, upload
 from ftops.generation import rules
+from ftops.generation.capture import capture
 from ftops.generation.rules import Given
 
 
@@ -62,8 +63,8 @@ class Graphs:
 
     MOST = 64
 
-    def __init__(self, capturable: bool, plain: int) -> None:
-        self._capturable, self._plain = capturable, plain
+    def __init__(self, device: torch.device, capturable: bool, plain: int) -> None:
+        self._device, self._capturable, self._plain = device, capturable, plain
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._times: Counter[Hashable] = Counter()
         # Never two at once: what one leaves in its memory, beside the tensors that it is given, no other needs.
@@ -84,9 +85,7 @@ class Graphs:
             return
         if len(self._graphs) == self.MOST:
             del self._graphs[next(iter(self._graphs))]
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with capture(self._device, self._pool) as graph:
             work()
         self._graphs[key] = graph
 
@@ -113,9 +112,9 @@ class Batch:
             self.news = zeros(3, rows, dtype=torch.float64)
             self._count, self._place, self._logits = zeros(1), torch.arange(rows, device=device), None
         self.table = Table(rows, decoder.words, device)
-        self._forwards = Graphs(decoder.capturable, 1)
+        self._forwards = Graphs(device, decoder.capturable, 1)
         # What rows ask for together may change with every request, and a graph of what comes once costs more than it saves.
-        self._choices = Graphs(decoder.capturable, 8)
+        self._choices = Graphs(device, decoder.capturable, 8)
         self._moved = 0
 
     def size(self, count: int) -> int:
