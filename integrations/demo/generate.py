@@ -1,14 +1,32 @@
 """What `ftops generate` does: continue a prompt with a patched model, and show the text while it is made."""
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
 import ftops
 from ftops.integrations.demo.load import EMBEDDED, load_causal_lm
+from ftops.progress import bar
+
+
+class Counting(TextStreamer):
+    """Prints the text, and calls advance() for each token after the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, advance: Callable[[], None]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.advance, self.begun = advance, False
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if self.begun:
+            self.advance()
+        self.begun = True
 
 
 def generate(prompt: str, *, model: str | None = None, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0,
@@ -40,10 +58,12 @@ def generate(prompt: str, *, model: str | None = None, max_new_tokens: int = 128
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     began = time.perf_counter()
-    with torch.inference_mode():
+    # On a terminal the text is its own progress; in a file nobody sees it.
+    shown = nullcontext(lambda: None) if sys.stdout.isatty() else bar("generating", max_new_tokens)
+    with torch.inference_mode(), shown as advance:
         tokens = network.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **sampling,
                                   max_new_tokens=max_new_tokens, pad_token_id=_pad_token(tokenizer),
-                                  streamer=TextStreamer(tokenizer, skip_special_tokens=True))
+                                  streamer=Counting(tokenizer, advance))
     seconds = time.perf_counter() - began
     count = tokens.shape[1] - length
     how = f"{len(ftops.report(network).swapped)} modules swapped" if patch else "not patched"

@@ -6,6 +6,7 @@ import torch
 
 import ftops
 from ftops import progress
+from ftops.cli import main
 from tests.families.tiny import prompt, tiny
 
 
@@ -26,6 +27,12 @@ def test_generate_counts_tokens_on_standard_error(options, terminal, capsys):
     assert torch.equal(ftops.generate(model, ids, mask, max_new_tokens=7, progress=True, **options), plain)
     shown = capsys.readouterr()
     assert not shown.out and "generating" in shown.err and "7/7" in shown.err and "0/7" in shown.err
+
+
+def test_the_command_shows_a_bar_where_its_text_goes_to_a_file(terminal, capsys):
+    assert main(["generate", "--device", "cpu", "--prompt", "import", "--max-new-tokens", "5"]) == 0
+    shown = capsys.readouterr()
+    assert "generating" not in shown.out and "0/5" in shown.err and "5/5" in shown.err
 
 
 def test_no_terminal_no_bar(capsys):
