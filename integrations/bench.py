@@ -171,9 +171,8 @@ def _measured(sides: dict[str, PreTrainedModel], ids: torch.Tensor, new_tokens: 
         except torch.OutOfMemoryError:
             runs[name].missing = "out of memory"
             del calls[name], cache
-            _collect(ids.device)
     advance(0, f"{batch} x {context}")
-    for turn in range(repeats):
+    for turn in range(repeats if calls else 0):
         for name in order(list(calls), turn):
             seconds[name].append(calls[name]()[1])
             advance()

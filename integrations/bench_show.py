@@ -93,7 +93,7 @@ def draw(found: Bench, file: str | Path) -> None:
 def figure(found: Bench) -> Figure:
     """Tokens a second against batch, a panel a context, and below against context, a panel a batch; of one size alone, bars."""
     from matplotlib.figure import Figure
-    values = {name: sorted({getattr(run, name) for run in found.runs}) for name in ("batch", "context")}
+    values = {name: sorted({getattr(run, name) for run in found.runs if not run.missing}) for name in ("batch", "context")}
     rows = [(name, other) for name, other in (("batch", "context"), ("context", "batch")) if len(values[name]) > 1]
     columns = max((len(values[other]) for _, other in rows), default=1)
     drawn = Figure(figsize=(max(2.9 * columns + 0.8, 6.4), 1.6 + 2.8 * (len(rows) or 0.5)), layout="constrained")
@@ -150,7 +150,8 @@ def _bars(axes: Axes, found: Bench) -> None:
     axes.barh([run.side for run in shown], [run.rate for run in shown], color=[_colour(run.side) for run in shown], height=0.6)
     for place, run in enumerate(shown):
         axes.annotate(f" {run.rate:,.0f}", (run.rate, place), va="center")
-    axes.set_xlabel(f"tokens a second, batch {found.runs[0].batch:,}, context {found.runs[0].context:,}")
+    one = (shown or found.runs)[0]
+    axes.set_xlabel(f"tokens a second, batch {one.batch:,}, context {one.context:,}")
     axes.margins(x=0.15)
     _plain(axes)
 

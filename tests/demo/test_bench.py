@@ -30,6 +30,10 @@ def fake(batches: list[int], contexts: list[int], seconds: dict[str, float], mis
     return made
 
 
+def refuse(*_) -> None:
+    raise torch.OutOfMemoryError("no")
+
+
 def shown(made: Bench) -> str:
     console = Console(width=120, record=True, file=io.StringIO())
     show(console, made)
@@ -113,6 +117,9 @@ def test_what_does_not_fit_is_said_and_the_others_are_shown(found, monkeypatch):
     assert [(run.side, run.missing) for run in made.runs] == [(BASELINE, "out of memory"), (OURS, "")]
     assert made.runs[1].token > 0 and made.runs[1].equal is None
     assert "out of memory" in shown(made)
+    monkeypatch.setattr(module, "timed", refuse)
+    made = bench(batches=[2], contexts=[8], new_tokens=3, repeats=1, device="cpu")
+    assert [run.missing for run in made.runs] == ["out of memory"] * 2 and shown(made).count("out of memory") == 2
 
 
 def test_the_command_writes_table_and_file(tmp_path, capsys, monkeypatch):
@@ -137,6 +144,8 @@ def test_the_plot_shows_every_figure(tmp_path):
     lines = {line.get_label(): line for line in axes[1].get_lines()}
     assert list(lines[OURS].get_ydata()) == pytest.approx([200, 800, 3200]) and list(lines[OURS].get_xdata()) == [1, 4, 16]
     assert list(lines[COMPILED].get_xdata()) == [1, 4]  # what is missing is no zero
+    nothing = fake([1, 4], [128], {BASELINE: 0.02}, ((BASELINE, 1, 128), (BASELINE, 4, 128)))
+    draw(nothing, tmp_path / "nothing.png")
     bars, = figure(fake([1], [128], {BASELINE: 0.02, OURS: 0.005})).axes
     assert [label.get_text() for label in bars.get_yticklabels()] == [OURS, BASELINE]
     draw(made, tmp_path / "out.png")
