@@ -1,6 +1,7 @@
 """A model small enough for hundreds of answers, what requests may ask of it, and the answer that each has alone."""
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
@@ -26,6 +27,9 @@ class Letters:
     def decode(self, tokens, **_):
         return "".join(chr(0x4E00 + token) for token in tokens)
 
+
+# How many the test of answers and their lone answers sends: FTOPS_REQUESTS=10000 pytest tests/engine -k lone_answer
+REQUESTS = int(os.environ.get("FTOPS_REQUESTS", "200"))
 
 # Each a way to ask; together every rule of a request, alone and beside others.
 WAYS: list[dict[str, Any]] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 from functools import cache
 
 import pytest
@@ -13,7 +14,7 @@ import ftops
 from ftops.engine import QueueFull, batch
 from ftops.integrations.transformers import engine as engines
 from ftops.integrations.transformers.archs import ARCHS
-from tests.engine.requests import Letters, alone, mixed, small
+from tests.engine.requests import REQUESTS, Letters, alone, mixed, small
 from tests.families.tiny import causal, tiny
 
 
@@ -23,8 +24,13 @@ def model():
 
 
 @cache
+def all_of_them():
+    return mixed(REQUESTS, seed=1)
+
+
+@cache
 def lone(number: int) -> list[int]:
-    return alone(model(), *mixed(200, seed=1)[number])
+    return alone(model(), *all_of_them()[number])
 
 
 @pytest.fixture(autouse=True)
@@ -57,17 +63,17 @@ class Plain:
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_every_answer_is_its_lone_answer(ahead, monkeypatch):
-    """200 requests with every rule there is, a third cancelled at some point, in a cache that is too small for them.
+    """Requests with every rule there is, a third cancelled at some point, in a cache that is too small for them.
 
     ahead: in steps of few sizes, each ordered before the last one is looked at, as where they are captured.
     """
     if ahead:
         monkeypatch.setattr(batch, "Graphs", Plain)
         monkeypatch.setattr(engines, "fixed", lambda _: True)
-    requests, chance = mixed(200, seed=1), random.Random(1)
-    with ftops.Engine(model(), max_requests=12, cache_tokens=100, page_size=2, chunk=24) as engine:
+    requests, chance = all_of_them(), random.Random(1)
+    with ftops.Engine(model(), max_requests=12, max_waiting=REQUESTS, cache_tokens=100, page_size=2, chunk=24) as engine:
         handles = [engine.submit(prompt, **options) for prompt, options in requests]
-        cancelled = {number: chance.randrange(6) for number in chance.sample(range(200), 60)}
+        cancelled = {number: chance.randrange(6) for number in sorted(chance.sample(range(REQUESTS), REQUESTS // 3))}
         read: dict[int, list[int]] = {}
         for number, count in cancelled.items():
             read[number] = [token for token, _ in zip(handles[number], range(count), strict=False)]
@@ -153,9 +159,11 @@ def test_close_ends_and_wakes_all():
     readers = [threading.Thread(target=lambda one=one: read.append(len(list(one)))) for one in handles]
     for reader in readers:
         reader.start()
+    cache_of = weakref.ref(engine._decoder)
     while engine.stats().steps < 3:
         time.sleep(0.001)
     engine.close()
+    assert cache_of() is None
     for reader in readers:
         reader.join(5)
     answers = [handle.result(0) for handle in handles]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ftops
-from tests.engine.requests import alone, mixed, small
+from tests.engine.requests import REQUESTS, alone, mixed, small
 
 pytestmark = pytest.mark.gpu
 
@@ -15,11 +15,11 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("rows", [4, 48])
 def test_every_answer_is_its_lone_answer(rows):
     """In buckets of every size, with requests that are cancelled, put back and share pages, and graphs that go on from round to round."""
-    model, requests, chance = small("cuda"), mixed(300, seed=5), random.Random(5)
-    with ftops.Engine(model, max_requests=rows, cache_tokens=16 * rows + 60, page_size=2, chunk=64) as engine:
+    model, requests, chance = small("cuda"), mixed(REQUESTS, seed=5), random.Random(5)
+    with ftops.Engine(model, max_requests=rows, max_waiting=REQUESTS, cache_tokens=16 * rows + 60, page_size=2, chunk=64) as engine:
         for _ in range(2):
             handles = [engine.submit(prompt, **options) for prompt, options in requests]
-            for number in chance.sample(range(300), 60):
+            for number in sorted(chance.sample(range(REQUESTS), REQUESTS // 4)):
                 for _ in zip(handles[number], range(chance.randrange(4)), strict=False):
                     pass
                 handles[number].cancel()
