@@ -98,32 +98,25 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
         return scale_0, scale_1, bias_0, bias_1, residual_at, out_at, row, np.int32(features - feature)
 
     @cuda.jit(device=True, forceinline=True)
-    def end_part(acc, first, row, residual_at, out_at, others):
-        scale_0, scale_1, bias_0, bias_1, form, linear, cubic, residual_step, out_step, rows, wide, left = others
-        v = cuda.local.array(4, np.float32)
-        for j in range(first, first + 8):
-            for r in range(4):
-                v[r] = acc[4 * j + r]
-            here = np.uint32(row + np.int32(8 * j) < rows and left > np.int32(0))
-            emit(v, scale_0, scale_1, bias_0, bias_1, form, linear, cubic, residual_at, out_at, here, wide, left)
-            residual_at, out_at = residual_at + residual_step, out_at + out_step
-        return residual_at, out_at
-
-    @cuda.jit(device=True, forceinline=True)
     def end(acc, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl, wide, form, linear, cubic):
         scale_0, scale_1, bias_0, bias_1, residual_at, out_at, row, left = locate(
             first, first_row, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl)
         out_step, residual_step = np.uint64(16) * np.uint64(np.uint32(features)), np.uint64(0)
         if residual_gl != np.uint64(0):
             residual_step = np.uint64(16) * np.uint64(residual_stride)
-        others = scale_0, scale_1, bias_0, bias_1, form, linear, cubic, residual_step, out_step, rows, wide, left
-        # Written out: LLVM keeps a longer loop as one, and acc in local memory with it.
-        residual_at, out_at = end_part(acc, 0, row, residual_at, out_at, others)
-        if tiles > 8:
-            residual_at, out_at = end_part(acc, 8, row, residual_at, out_at, others)
-        if tiles > 16:
-            residual_at, out_at = end_part(acc, 16, row, residual_at, out_at, others)
-            residual_at, out_at = end_part(acc, 24, row, residual_at, out_at, others)
+        v = cuda.local.array(4, np.float32)
+        # Eight fragments at a time, then the next eight take their place: 32 of them written out would be 100 KB of machine code.
+        waiting = ptx.here(np.uint32(tiles // 8))
+        while waiting != np.uint32(0):
+            for j in range(8):
+                for r in range(4):
+                    v[r] = acc[4 * j + r]
+                here = np.uint32(row < rows and left > np.int32(0))
+                emit(v, scale_0, scale_1, bias_0, bias_1, form, linear, cubic, residual_at, out_at, here, wide, left)
+                residual_at, out_at, row = residual_at + residual_step, out_at + out_step, np.int32(row + np.int32(8))
+            for i in range(4 * tiles - 32):
+                acc[i] = acc[i + 32]
+            waiting = ptx.here(np.uint32(waiting - np.uint32(1)))
 
     @cuda.jit(device=True, forceinline=True)
     def end_shared(acc, base, block, blocks, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl,
