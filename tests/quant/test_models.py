@@ -18,14 +18,16 @@ from tests.families.tiny import TINY, causal, prompt, tiny
 from tests.patch.checks import assert_close, fallen, logits, makeup
 from tests.patch.zoo import outputs, small
 
+ONE_OF_EACH_BLOCK = ("llama", "gpt2", "gptj", "bert")
+
 
 def plain(family, *args, **options):
     """transformers' own layers with the weights that the format kept: the oracle."""
     return ftops.quantize(tiny(family), *args, **options).dequantize()
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize(("family", "name"), [
+    (family, name) for one, family in enumerate(TINY) for other, name in enumerate(FORMATS) if (one + other) % 2 == 0])
 def test_logits_are_those_of_the_weights_that_the_format_kept(family, name):
     theirs = logits(plain(family, name))
     for model in (ftops.quantize(tiny(family), name), ftops.patch(tiny(family), quant=name)):
@@ -49,7 +51,7 @@ def test_models_without_a_description(kind):
     assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) >= 8
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", ONE_OF_EACH_BLOCK)
 def test_a_patched_model_is_quantised_in_place(family):
     model = ftops.quantize(ftops.patch(tiny(family)), "int4")
     assert torch.equal(logits(model), logits(ftops.patch(tiny(family), quant="int4")))
@@ -81,7 +83,7 @@ def test_the_weights_are_let_go(patched):
     assert not any(isinstance(module, nn.Linear) for module in model.model.modules())
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", ONE_OF_EACH_BLOCK)
 def test_unpatched_it_stays_quantised_and_says_so(family, caplog):
     before, model = ftops.quantize(tiny(family), "int4"), ftops.patch(tiny(family), quant="int4")
     with caplog.at_level(logging.WARNING, "ftops"):
@@ -94,7 +96,7 @@ def test_unpatched_it_stays_quantised_and_says_so(family, caplog):
     assert len(set(storages)) == len(storages)
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", ONE_OF_EACH_BLOCK)
 def test_dequantised_it_has_its_own_classes_and_names_again(family):
     model = ftops.quantize(tiny(family), "int8", head="int8", embeddings="int8")
     quantised = logits(model)
@@ -106,7 +108,7 @@ def test_dequantised_it_has_its_own_classes_and_names_again(family):
         name: value.shape for name, value in tiny(family).state_dict().items()}
 
 
-@pytest.mark.parametrize("family", [family for family in TINY if causal(family)])
+@pytest.mark.parametrize("family", ["mistral", "gpt2", "gptj"])
 def test_generate(family):
     ids, mask = prompt(padding="left")
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
@@ -191,8 +193,9 @@ def test_calibration_smooths_with_the_largest_activations():
     assert fallen(model) == {}
 
 
-@pytest.mark.parametrize(("name", "options"), [("int4", {"head": "int8"}), ("fp8", {}), ("w8a8", {"embeddings": "int8"})])
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize(("family", "name", "options"), [
+    ("llama", "int4", {"head": "int8"}), ("mistral", "fp8", {}), ("qwen2", "w8a8", {"embeddings": "int8"}), ("qwen3", "int8", {}),
+    ("gpt2", "int4", {"head": "int8"}), ("gptj", "w8a8", {"embeddings": "int8"}), ("bert", "fp8", {})])
 def test_from_pretrained_quantises_and_what_it_saves_comes_back(family, name, options, tmp_path):
     auto = AutoModelForCausalLM if causal(family) else AutoModelForMaskedLM
     config = ftops.QuantConfig(name, **options)
