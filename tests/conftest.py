@@ -9,11 +9,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else Inductor compiles for 6 s to see whether the processor has what it says
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-# Set, not left if there: a worker inherits what this line gave the process that started it. Threads of several workers on one core wait
-# for one another in a loop, and a model's forward then takes ten times as long.
-os.environ["OMP_NUM_THREADS"] = str(max(1, min(int(os.environ.get("OMP_NUM_THREADS", 4)), len(os.sched_getaffinity(0)) // WORKERS)))
 if WORKERS > 1:
+    # Set, not left if there: a worker inherits what the process that starts it has. Threads of several workers on one core wait for one
+    # another in a loop, and a model's forward then takes ten times as long.
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each worker starts as many processes as there are cores
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
