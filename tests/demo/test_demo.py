@@ -1,34 +1,24 @@
 """`ftops demo` is the first thing a stranger runs: it must work as a command, and it must not call a broken patch the same."""
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 import torch
 
 import ftops
 from ftops.cli import main
 from ftops.integrations.demo.demo import compare_tokens, mean_pool
 
-ROOT = Path(__file__).parents[2]
 
-
-@pytest.mark.slow
-def test_demo_as_a_command():
+def test_demo(capsys):
     """Both real models run, patched as whole layers, and both outputs are the same; MiniLM knows what Rome is."""
-    done = subprocess.run([sys.executable, "-m", "ftops", "demo", "--device", "cpu", "--runs", "1", "--max-new-tokens", "12"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Output: same") == 2
-    assert "all 48 tokens are equal" in done.stdout
-    assert "ftops block (bert)" in done.stdout and "ftops block" in done.stdout.split("LlamaForCausalLM")[1]
-    assert "Rome." in done.stdout and "The capital of Italy" in done.stdout
-    assert "self." in done.stdout.split("def setUp(self):")[1][:80]
+    assert main(["demo", "--device", "cpu", "--runs", "1", "--max-new-tokens", "12"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("Output: same") == 2
+    assert "all 48 tokens are equal" in shown
+    assert "ftops block (bert)" in shown and "ftops block" in shown.split("LlamaForCausalLM")[1]
+    assert "Rome." in shown and "The capital of Italy" in shown
+    assert "self." in shown.split("def setUp(self):")[1][:80]
 
 
-@pytest.mark.slow
 def test_demo_fails_where_patch_changes_the_output(monkeypatch, capsys):
     """A patch that gets one layer wrong is reported as different, and the exit status says so."""
     patch = ftops.patch

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 import ftops
 from ftops.integrations.transformers.archs import ARCHS
-from tests.families.places import IN_FLOAT32
+from tests.families.places import IN_FLOAT32, in_turn
 from tests.families.tiny import causal, prompt, tiny
 
 DECODERS = [family for family in ARCHS if causal(family)]
@@ -30,9 +30,7 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **wa
         return model.generate(ids, attention_mask=mask, **options)
 
 
-@IN_FLOAT32
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", DECODERS)
+@in_turn(2, way=WAYS, family=DECODERS)
 def test_same_tokens(family, way, device, dtype):
     """24 tokens behind a prompt of 12, past the window of the families that have one; the first row is padded on the left."""
     if way == "sampling" and device != "cpu":

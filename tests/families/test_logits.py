@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import ftops
 from ftops.integrations.transformers.archs import ARCHS
 from tests.accuracy import assert_accurate
-from tests.families.places import EVERYWHERE
+from tests.families.places import ANYWHERE, EVERYWHERE, in_turn
 from tests.families.tiny import TINY, causal, prompt, tiny
 
 DECODERS = [family for family in ARCHS if causal(family)]
@@ -86,13 +86,10 @@ def by_steps(ids: torch.Tensor, mask: torch.Tensor, static: bool) -> Run:
     return run
 
 
-@EVERYWHERE
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("padding", [None, "left", "holes"])
-@pytest.mark.parametrize("family", DECODERS)
-def test_cache(family, padding, static, device, dtype):
+@in_turn(2, ANYWHERE, cache=["dynamic", "static"], padding=[None, "left", "holes"], family=DECODERS)
+def test_cache(family, padding, cache, device, dtype):
     ids, mask = (t.to(device) for t in prompt(length=38, padding=padding))
-    check(family, device, dtype, by_steps(ids, mask, static))
+    check(family, device, dtype, by_steps(ids, mask, cache == "static"))
 
 
 @EVERYWHERE

@@ -21,16 +21,14 @@ from transformers.generation.streamers import BaseStreamer
 import ftops
 from ftops.integrations.transformers import generate as module
 from ftops.integrations.transformers.archs import ARCHS
-from tests.families.places import IN_FLOAT32
+from tests.families.places import IN_FLOAT32, in_turn
 from tests.families.tiny import causal, prompt, tiny
 from tests.generation.calls import run, same
 
 DECODERS = [family for family in ARCHS if causal(family)]
 
 
-@IN_FLOAT32
-@pytest.mark.parametrize("padding", [None, "left", "right", "holes"])
-@pytest.mark.parametrize("family", DECODERS)
+@in_turn(2, padding=[None, "left", "right", "holes"], family=DECODERS)
 def test_greedy(family, padding, device, dtype, loops):
     model = same(family, device, dtype, padding=padding)
     assert len(loops) == 1

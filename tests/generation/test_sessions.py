@@ -12,16 +12,14 @@ import torch
 import ftops
 from ftops.integrations.transformers import decoder
 from ftops.integrations.transformers.archs import ARCHS
-from tests.families.places import IN_FLOAT32
+from tests.families.places import IN_FLOAT32, in_turn
 from tests.families.tiny import causal, prompt, tiny
 from tests.generation.calls import run, same
 
 DECODERS = [family for family in ARCHS if causal(family)]
 
 
-@IN_FLOAT32
-@pytest.mark.parametrize("padding", [None, "left", "holes"])
-@pytest.mark.parametrize("family", DECODERS)
+@in_turn(2, padding=[None, "left", "holes"], family=DECODERS)
 def test_a_cache_that_stays_where_it_is(family, padding, device, dtype, monkeypatch):
     """What a graph is captured over, here step by step: a prompt, steps past every window, and another prompt after it."""
     monkeypatch.setattr(decoder, "fixed", lambda model: True)

@@ -137,8 +137,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(("family", "way"), [
+    (family, way) for one, family in enumerate(DECODERS) for other, way in enumerate(WAYS) if (one + other) % 3 == 0])
 def test_ways_to_generate(family, way):
     model = tiny(family)
     theirs = generate(model, **WAYS[way])
