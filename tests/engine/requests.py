@@ -45,7 +45,7 @@ WAYS: list[dict[str, Any]] = [
     {"logit_bias": {5: 3.0, 8: float("-inf")}},
     {"temperature": 0.8, "sequence_bias": {(11,): 1.5, (12, 13): 4.0}, "bad_words": [[20], [21, 22], [23, 24, 25]]},
     {"temperature": 1.2, "eos_token_id": [30, 31, 32, 33, 34], "min_new_tokens": 4},
-    {"temperature": 1.2, "stop": [[40], [41, 42], [43]], "eos_token_id": 50},
+    {"temperature": 1.2, "stop": [[40], [41, 42]], "eos_token_id": 50},
     {"temperature": 1.0, "stop": ["".join(map(chr, (0x4E00 + 60, 0x4E00 + 61))), chr(0x4E00 + 62), chr(0x4E00 + 63)]},
 ]
 
@@ -60,6 +60,8 @@ def mixed(count: int, seed: int, longest: int = 24, most: int = 18) -> list[tupl
         if number % 3:
             prompt = chance.choice(beginnings)[: chance.randrange(longest)] + prompt
         options = {**WAYS[number % len(WAYS)], "max_new_tokens": chance.randrange(1, most), "seed": chance.randrange(5)}
+        if "stop" in options and number >= 40:  # ever more of them, and longer ones
+            options["stop"] = [*options["stop"], *([70 + more] * (1 + more) for more in range(min(number // 40, 6)))]
         if any(isinstance(words, str) for words in options.get("stop", ())):
             options["tokenizer"] = Letters()
         requests.append((prompt, options))

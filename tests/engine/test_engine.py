@@ -14,6 +14,7 @@ import ftops
 from ftops.engine import QueueFull, batch
 from ftops.integrations.transformers import engine as engines
 from ftops.integrations.transformers.archs import ARCHS
+from tests.engine.recorded import Recorded
 from tests.engine.requests import REQUESTS, Letters, alone, mixed, small
 from tests.families.tiny import causal, tiny
 
@@ -48,27 +49,15 @@ def assert_nothing_held(engine: ftops.Engine) -> None:
     assert stats.free_pages + stats.cached_pages == stats.pages
 
 
-class Plain:
-    """Graphs that run everything as it is."""
-
-    def __init__(self, *_):
-        pass
-
-    def run(self, key, work):
-        work()
-
-    def forget(self):
-        pass
-
-
 @pytest.mark.parametrize("ahead", [False, True])
 def test_every_answer_is_its_lone_answer(ahead, monkeypatch):
     """Requests with every rule there is, a third cancelled at some point, in a cache that is too small for them.
 
-    ahead: in steps of few sizes, each ordered before the last one is looked at, as where they are captured.
+    ahead: as on a GPU, in steps of few sizes that are launched again on the tensors of the first, before the last one is looked at.
     """
     if ahead:
-        monkeypatch.setattr(batch, "Graphs", Plain)
+        monkeypatch.setattr(batch, "Graphs", Recorded)
+        monkeypatch.setattr(Recorded, "replays", 0)
         monkeypatch.setattr(engines, "fixed", lambda _: True)
     requests, chance = all_of_them(), random.Random(1)
     with ftops.Engine(model(), max_requests=12, max_waiting=REQUESTS, cache_tokens=100, page_size=2, chunk=24) as engine:
@@ -82,6 +71,7 @@ def test_every_answer_is_its_lone_answer(ahead, monkeypatch):
         stats = engine.stats()
         assert_nothing_held(engine)
     assert stats.preemptions > 3 and stats.prefix_tokens > 300
+    assert not ahead or Recorded.replays > stats.steps // 2
     for number, ((_, options), answer) in enumerate(zip(requests, answers, strict=True)):
         expected = lone(number)
         if answer.reason == "cancelled":
@@ -90,6 +80,17 @@ def test_every_answer_is_its_lone_answer(ahead, monkeypatch):
             expected = expected[: len(answer.tokens)]
         assert answer.tokens == expected, options
     assert {answer.reason for answer in answers} == {"stop", "length", "cancelled"}
+
+
+def test_lists_that_are_longer_than_any_before(monkeypatch):
+    """Graphs of the shorter ones do not go on looking where those were."""
+    monkeypatch.setattr(batch, "Graphs", Recorded)
+    monkeypatch.setattr(engines, "fixed", lambda _: True)
+    free = alone(model(), [9, 10], {"max_new_tokens": 12})
+    with ftops.Engine(model()) as engine:
+        for stop in ([[free[6]]], [[free[6]]], [[free[6]]], [[free[4]]], [[1], [1, 2], [1, 2, 3], free[1:3]], [free[2:7], [free[5]]]):
+            options = {"max_new_tokens": 12, "stop": stop}
+            assert engine.submit([9, 10], **options).result().tokens == alone(model(), [9, 10], options)
 
 
 @pytest.mark.parametrize("family", [family for family in ARCHS if causal(family)])
