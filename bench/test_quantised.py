@@ -1,4 +1,4 @@
-"""int8 weights on a CPU at one row: reading half the bytes beside Hugging Face's eager layers, a 300 M Llama of random weights."""
+"""Quantised weights on a CPU at one row beside Hugging Face's eager layers, a 300 M Llama of random weights."""
 from __future__ import annotations
 
 import copy
@@ -27,13 +27,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("format", ["int8", "int4"])
 @torch.inference_mode()
-def test_int8_step_on_a_cpu(one_thread: None, keep: Callable[[Record], None], benchmark: Any) -> None:
-    """One token after 32, bfloat16, the head quantised too; processor time of steps in turn."""
+def test_step_on_a_cpu(format: str, dtype: torch.dtype, one_thread: None, keep: Callable[[Record], None], benchmark: Any) -> None:
+    """One token after 32, the head quantised too; processor time of steps in turn."""
     config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=8,
                          head_dim=64, vocab_size=32000, max_position_embeddings=512, attn_implementation="eager")
-    model = LlamaForCausalLM(config).eval().to(torch.bfloat16)
-    models = {OURS: ftops.patch(copy.deepcopy(model), quant=ftops.QuantConfig("int8", head="int8")), "Hugging Face, eager": model}
+    model = LlamaForCausalLM(config).eval().to(dtype)
+    models = {OURS: ftops.patch(copy.deepcopy(model), quant=ftops.QuantConfig(format, head=format)), "Hugging Face, eager": model}
     token = torch.zeros((1, 1), dtype=torch.int64)
     caches = {name: one(torch.arange(PROMPT)[None], use_cache=True).past_key_values for name, one in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -53,4 +55,5 @@ def test_int8_step_on_a_cpu(one_thread: None, keep: Callable[[Record], None], be
         taken.clear()
     benchmark.pedantic(one_round, rounds=ROUNDS)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    keep(Record("quantised", "int8 on one thread of a CPU", "Llama of 300 M, one token", medians, timed="processor time", rounds=ROUNDS))
+    keep(Record("quantised", "one thread of a CPU, Llama of 300 M, one token", f"{format}, {str(dtype)[6:]}", medians,
+                timed="processor time", rounds=ROUNDS))

@@ -10,7 +10,7 @@ import torch
 from numba import njit
 
 # A value is left at its bit, of h, (c, e), and x is made smaller instead; the highest would be the sign's.
-SCALE = torch.tensor([2.0 ** -bit for bit in (0, 16, 8, 24, 4, 20, 12, 0)])
+SCALE = np.array([2.0 ** -bit for bit in (0, 16, 8, 24, 4, 20, 12, 0)], np.float32)
 
 
 @njit(inline="always")
@@ -66,14 +66,30 @@ def _product(words, scales, x, sums, y):
                 _finish(low2, high2, scales, sums[group], y, other, group)
 
 
+@njit(nogil=True)
+def _lay_out(x, lanes, sums):
+    """x[K] beside the words: [pieces, (h, c, e), (g, t, i, s)], scaled; and its sum over each group. K may end anywhere."""
+    pieces, of_group, pattern = lanes.shape[0], lanes.shape[0] // len(sums), np.empty(16, np.float32)
+    sums[:] = 0
+    for group in range(len(sums)):
+        for k in range(32 * of_group * group, min(32 * of_group * (group + 1), len(x))):
+            sums[group] += x[k]
+    for piece in range(pieces):
+        for value in range(8):
+            for t in range(4):
+                for s in range(2):
+                    k = 32 * piece + 8 * t + 4 * s + (value & 3)
+                    here = x[k] * SCALE[value] if k < len(x) else np.float32(0)
+                    pattern[4 * t + s], pattern[4 * t + 2 + s] = here, here
+            for g in range(8):
+                for lane in range(16):
+                    lanes[piece, value, 16 * g + lane] = pattern[lane]
+
+
 def one_row(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int) -> torch.Tensor:
     """[features] in x's dtype, of x with K values in all; packed int32 [tiles, pieces, 32, 4], scales [tiles, groups, 8, 4] or [..., 2]."""
     tiles, pieces, groups = packed.shape[0], packed.shape[1], scales.shape[1]
-    wide = torch.nn.functional.pad(x.detach().flatten().float(), (0, 32 * pieces - x.numel()))
-    # [pieces, t, s, c, e] as [pieces, (c, e), (t, i, s)]
-    lanes = wide.view(pieces, 4, 2, 2, 2).permute(0, 3, 4, 1, 2).unsqueeze(4).expand(-1, -1, -1, -1, 2, -1).reshape(pieces, 4, 16)
-    lanes = (torch.cat((lanes, lanes), 1) * SCALE.unsqueeze(-1)).repeat(1, 1, 8)
-    y = torch.zeros(32 * tiles, dtype=torch.float32)
-    _product(packed.view(tiles, pieces, 128).numpy(), scales.float().view(tiles, groups, 8, 4, -1).numpy(), lanes.numpy(),
-             wide.view(groups, -1).sum(1).numpy(), y.numpy())
-    return y[:features].to(x.dtype)
+    lanes, sums, y = np.empty((pieces, 8, 128), np.float32), np.empty(groups, np.float32), np.zeros(32 * tiles, np.float32)
+    _lay_out(x.detach().flatten().float().numpy(), lanes, sums)
+    _product(packed.view(tiles, pieces, 128).numpy(), scales.float().view(tiles, groups, 8, 4, -1).numpy(), lanes, sums, y)
+    return torch.from_numpy(y[:features]).to(x.dtype)
