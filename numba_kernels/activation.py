@@ -6,6 +6,7 @@ x / 2 * (1 + erf(x / sqrt 2)) (largest error 2.4e-7 against PyTorch's 9.6e-7 ove
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -52,6 +53,7 @@ def relu(x):
     return np.float32(0) if x <= np.float32(0) else x  # keeps NaN, which max would drop
 
 
+@functools.cache
 def make_activate(count: int) -> Callable:
     """activate(values, form, linear, cubic): values[0:count] in place; form, linear and cubic are those of FORMS[kind]."""
     @cuda.jit(device=True, forceinline=True)

@@ -1,6 +1,7 @@
 """Device helpers for rotary embeddings: cosines and sines of angles, computed or read from a table."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -39,6 +40,7 @@ def cos_sin(angle):
     return c, s
 
 
+@functools.cache
 def make_table(dtype: str, vec: int) -> Callable:
     """table(address, layout, step, values): `vec` values of a table as float32; `step` bytes apart where the layout is not WIDE."""
     each = words_of(dtype, vec)

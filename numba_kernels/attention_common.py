@@ -1,6 +1,7 @@
 """What the kernels of attention and attention_varlen share: their parameters, and where a block of query rows lies among the keys."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -22,6 +23,7 @@ def address(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+@functools.cache
 def make_locate(rows: int) -> Callable:
     """locate(...) of a block of `rows` query rows:
 

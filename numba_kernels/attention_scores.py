@@ -4,6 +4,7 @@ A thread holds its scores as mma and wgmma lay them out: rows lane / 4 and lane 
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from ftops.numba_kernels import ptx
 from ftops.numba_kernels.attention_common import LOG2E, MINUS_INFINITY
 
 
+@functools.cache
 def make_hide(keys: int, row_tiles: int) -> Callable:
     """hide(score, first, position, left, right, limit): -inf at keys that a row must not see. `first` is the tile's first key, `position`
     the place of the block's first row among the keys: a row sees [place - left, place + right], and nothing at or beyond limit.
@@ -40,6 +42,7 @@ def make_hide(keys: int, row_tiles: int) -> Callable:
     return hide
 
 
+@functools.cache
 def make_shape_scores(dtype: str, keys: int, row_tiles: int) -> Callable:
     """score := log2(e) * (softcap(scale * score) + bias) - slope * |distance|, each part if asked for; slope comes with log2(e) in it."""
     halves, tiles = 2 * row_tiles, keys // 8

@@ -1,6 +1,7 @@
 """What the kernels of decode_attention share: their parameters, a block's range of keys, options of the score, and the result's rows."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,7 @@ GRID_Y = 32768  # a grid has at most 65535 blocks along y: the rest goes along z
 LOWEST = -1e29  # a finite bias, however low, keeps its key: a row of nothing but the dtype's minimum attends evenly
 
 
+@functools.cache
 def make_key_range(tile: int) -> Callable:
     """key_range(...) -> (length, start, low, high): length within the capacity, first visible key, tiles of `split` from that key on.
 

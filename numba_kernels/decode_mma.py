@@ -43,8 +43,9 @@ def make(config: Config) -> Callable:
     all_keys, absent = np.uint32(0xFFFF), np.uint32(0)
     zeroth, last_stage, wait_for_oldest = np.int32(0), np.int32(stages - 1), ptx.CP_ASYNC_WAIT[stages - 1]
     xor_4, xor_8, xor_16 = (ptx.shuffle_xor[n] for n in (4, 8, 16))
-    key_range, stage_q, copy_keys = make_key_range(tile_keys), decode_tile.make_stage_q(config), decode_tile.make_copy_keys(config)
-    scores, softmax, outputs = decode_tile.make_scores(config, chains), decode_tile.make_softmax(config), decode_tile.make_outputs(config)
+    key_range, stage_q, copy_keys = make_key_range(tile_keys), decode_tile.make_stage_q(config), decode_tile.make_copy_keys(row_bytes)
+    scores, outputs = decode_tile.make_scores(config, chains), decode_tile.make_outputs(config)
+    softmax = decode_tile.make_softmax(config.dtype, config.head_dim, config.rows)
 
     def decode_mma(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
                    q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head, v_page, v_slot,

@@ -5,6 +5,7 @@ widen to float16 on the way from shared memory to the tensor cores.
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -126,8 +127,9 @@ def make_stage_q(config: Config) -> Callable:
     return stage_q
 
 
-def make_copy_keys(config: Config) -> Callable:
-    row_bytes, units = config.row_bytes, config.row_bytes // 16
+@functools.cache
+def make_copy_keys(row_bytes: int) -> Callable:
+    units = row_bytes // 16
     (shift, mask), lanes = swizzle(units), lanes_a_row(units)
     rows_a_copy, columns, copies = 32 // lanes, -(-units // lanes), -(-KEYS * lanes // 32)
     half_stage, last_column_full = KEYS * row_bytes, units % lanes == 0
@@ -233,10 +235,11 @@ def make_outputs(config: Config) -> Callable:
     return outputs
 
 
-def make_softmax(config: Config) -> Callable:
-    steps, row_tiles_n = config.head_dim // 16, config.rows // 8
+@functools.cache
+def make_softmax(dtype: str, head_dim: int, rows: int) -> Callable:
+    steps, row_tiles_n = head_dim // 16, rows // 8
     n_x, n_row, n_acc, last_row_tile = 4 * row_tiles_n, 2 * row_tiles_n, 4 * steps * row_tiles_n, row_tiles_n - 1
-    slack, pair = np.float32(SLACK), ptx.PAIR[config.dtype]
+    slack, pair = np.float32(SLACK), ptx.PAIR[dtype]
     xor_4, xor_8, xor_16 = (ptx.shuffle_xor[n] for n in (4, 8, 16))
 
     @cuda.jit(device=True, forceinline=True)

@@ -6,6 +6,7 @@ Fragments are those of the PTX ISA, section "mma.m16n8k16": a thread holds colum
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ def layout(head_dim: int) -> Layout:
     return Layout(2 * head_dim, shift, 7 >> shift)
 
 
+@functools.cache
 def make_fetch(head_dim: int, rows: int, threads: int) -> tuple[Callable, Callable, Callable]:
     """cp.async of `rows` rows by a block, from the last to the first: (fetch_place, fetch_sizes, fetch).
 
@@ -89,6 +91,7 @@ def make_fetch(head_dim: int, rows: int, threads: int) -> tuple[Callable, Callab
     return fetch_place, fetch_sizes, fetch
 
 
+@functools.cache
 def make_places(head_dim: int) -> tuple[Callable, Callable]:
     """(row_places, key_places), which fill where in a tile at `base` this lane points ldmatrix for the column blocks 0 .. places - 1.
 
@@ -229,6 +232,7 @@ def make_softmax(head_dim: int, keys: int, row_tiles: int) -> tuple[Callable, Ca
     return softmax, finish
 
 
+@functools.cache
 def make_store(dtype: str, head_dim: int, row_tiles: int) -> Callable:
     """store(out, own_sh, out_gl, step, left, dim): a warp's rows, rounded, to memory `step` bytes apart, the first `left` of them.
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 OLDEST = (8, 0)  # compute capability: packed 16-bit conversions, cp.async and mma of bfloat16 begin there
 _LOCK = threading.Lock()
 _RESOLVED: dict[tuple, Any] = {}
+_IDLE = ("inline_closure_likes", "inline_inlinables", "inline_overloads", "nopython_rewrites")
 
 
 @functools.lru_cache(maxsize=1)
@@ -40,20 +41,15 @@ def _numba() -> Iterator[None]:
 
     It asks the current device for its capability when it meets a nested device function; what it writes does not depend on the answer.
     At each use of an operator it goes through all that the operator means for arrays, text, sets, ...; here once for the same types.
-    Two passes look for comprehensions, closures and array expressions, and analyse the whole function anew when they have found none.
-    After each of seven passes it computes how long every variable lives, for generators, `with` and reference counts; device code has
-    none of these.
-    It keeps most of what it makes until it ends: until then, garbage is not looked for.
+    Four passes look for comprehensions, closures, array expressions and what is to be inlined; two analyse the whole function anew when
+    they have found none. After each of seven passes it computes how long every variable lives, for generators, `with` and reference counts;
+    device code has none of these. It keeps most of what it makes until it ends: until then, garbage is not looked for.
     """
     from numba.cuda import dispatcher, types
     from numba.cuda.compiler import CUDACompiler
     from numba.cuda.core import transforms
     from numba.cuda.core.postproc import PostProcessor, VariableLifetime
-    changed = [(dispatcher, "get_current_device"), (types.BaseFunction, "get_call_type"), (CUDACompiler, "define_pipelines"),
-               (PostProcessor, "run")]
-    originals = [getattr(owner, name) for owner, name in changed]
-    _, resolve, pipelines, _ = originals
-    collects = gc.isenabled()
+    resolve, pipelines, collects = types.BaseFunction.get_call_type, CUDACompiler.define_pipelines, gc.isenabled()
 
     def resolve_once(function: types.Function, context: object, args: tuple, kws: dict) -> object:
         key = function, context, args, tuple(kws.items())
@@ -63,7 +59,7 @@ def _numba() -> Iterator[None]:
 
     def needed(compiler: CUDACompiler) -> list:
         (pipeline,) = pipelines(compiler)
-        pipeline.passes = [step for step in pipeline.passes if step[0].name() not in ("inline_closure_likes", "nopython_rewrites")]
+        pipeline.passes = [step for step in pipeline.passes if step[0].name() not in _IDLE]
         return [pipeline]
 
     def without_lifetimes(post_processor: PostProcessor, emit_dels: bool = False, extend_lifetimes: bool = False) -> None:
@@ -72,14 +68,17 @@ def _numba() -> Iterator[None]:
         function.variable_lifetime = VariableLifetime(function.blocks)  # computed when asked for
         function.generator_info = None
 
-    for (owner, name), ours in zip(changed, (lambda: SimpleNamespace(compute_capability=OLDEST), resolve_once, needed, without_lifetimes),
-                                   strict=True):
-        setattr(owner, name, ours)
+    changes = {(dispatcher, "get_current_device"): lambda: SimpleNamespace(compute_capability=OLDEST),
+               (types.BaseFunction, "get_call_type"): resolve_once, (CUDACompiler, "define_pipelines"): needed,
+               (PostProcessor, "run"): without_lifetimes}
+    originals = {place: getattr(*place) for place in changes}
+    for place, ours in changes.items():
+        setattr(*place, ours)
     gc.disable()
     try:
         yield
     finally:
         if collects:
             gc.enable()
-        for (owner, name), original in zip(changed, originals, strict=True):
-            setattr(owner, name, original)
+        for place, original in originals.items():
+            setattr(*place, original)

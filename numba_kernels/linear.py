@@ -219,7 +219,7 @@ def make(config: Config) -> Callable:
 def spec(config: Config, shared_bytes: int = 0) -> Spec:
     """shared_bytes above what is needed keep further blocks from a multiprocessor."""
     return Spec(make, config, "ppppppllliiiiiiff", threads=32 * config.warps,
-                shared_bytes=max(shared_bytes, config.shared_bytes), dependent=True)
+                shared_bytes=max(shared_bytes, config.shared_bytes), dependent=True, halves=config.kind == "16-bit")
 
 
 def variants() -> Iterator[Spec]:

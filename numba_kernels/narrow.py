@@ -1,6 +1,7 @@
 """Device helpers for 8-bit caches: int8 and float8 e4m3 values widened to float16 fragments, and made from float32."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,7 @@ from ftops.numba_kernels import ptx
 NARROW_NAME = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
 
 
+@functools.cache
 def make_widen(cache: str) -> tuple[Callable, Callable]:
     """(pairs, columns) of a word of four 8-bit values, each as two float16 pairs: pairs gives (0, 1) and (2, 3), columns (0, 2) and (1, 3).
 
@@ -70,6 +72,7 @@ def int8_from_f32(x):
     return ptx.round_i32(ptx.maximum(ptx.minimum(x, np.float32(127)), np.float32(-127))) & np.uint32(0xFF)
 
 
+@functools.cache
 def make_narrow(cache: str, vec: int) -> Callable:
     """narrow(address, values, at): values[at : at + vec], float32, as `vec` (8, 4 or 1) bytes at an address that vec divides."""
     @cuda.jit(device=True, forceinline=True)

@@ -31,7 +31,7 @@ def build_kernel(name: str, indices: list[int], arches: Sequence[str]) -> list[t
     """Compiles variants `indices` of kernel `name`: (arch, variant, cubin, what is wrong). Specs do not travel between processes."""
     specs = list(variants_of(name))
     built = [(made.arch, spec.name, made, complaints(spec, made)) for spec in (specs[index] for index in indices)
-             for made in cubins(spec, [arch for arch in arches if spec.only in (None, arch)], find_ptxas())]
+             for made in cubins(spec, [arch for arch in arches if spec.serves(arch)], find_ptxas())]
     gc.collect()
     gc.freeze()
     return built
