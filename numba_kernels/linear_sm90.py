@@ -112,7 +112,7 @@ def make(config: Config) -> Callable:
 def spec(config: Config, splits: int = 1) -> Spec:
     """splits: blocks of a cluster; the machine code is the same."""
     return Spec(make, config, SIGNATURE, threads=CONSUMERS + 128, shared_bytes=config.shared_bytes, cluster=splits, dependent=True,
-                only="sm_90a")
+                only="sm_90a", halves=config.kind == "16-bit")
 
 
 def variants() -> Iterator[Spec]:

@@ -33,7 +33,7 @@ def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def serves_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int) -> bool:
     """As `serves`, for x of 16 bits."""
     return (_wanted("int4", 32 * packed.shape[1] // scales.shape[1], x, (features, x.shape[-1])) and x.numel() > 0
-            and capability(x.device.index) == (9, 0))
+            and not (packed.data_ptr() | scales.data_ptr()) & 15 and capability(x.device.index) == (9, 0))
 
 
 def _wanted(kind: str, group_size: int, x: torch.Tensor, shape: tuple[int, int]) -> bool:
