@@ -93,7 +93,8 @@ def make(config: Config) -> Callable:
     mma, wait_for_oldest, zero, start = ptx.MMA[config.dtype], ptx.CP_ASYNC_WAIT[last_stage], np.float32(0), np.int32(0)
     scaled, products, unit = item == 1, x_words // 2, 64 if item == 2 else 16  # of x: bytes between a lane's accesses
     fragment, (copy_x, place_x) = make_rows(config.kind, config.dtype), make_x(batch, unit)
-    finish = make_finish(config.dtype, batch, TILE_ROWS, warps)
+    keep, finish = make_finish(config.dtype, batch, TILE_ROWS, warps)
+    across, up_offset = TILE_ROWS.bit_length() - 1, 4 * batch * (TILE_ROWS // 2)
 
     @cuda.jit(device=True, forceinline=True)
     def copy(stage_sh, w_gl, jump, to_up, below, left):
@@ -206,8 +207,11 @@ def make(config: Config) -> Callable:
                 for j in range(batch_tiles):
                     acc[4 * j], acc[4 * j + 1] = acc[4 * j] * upper, acc[4 * j + 1] * upper
                     acc[4 * j + 2], acc[4 * j + 3] = acc[4 * j + 2] * lower, acc[4 * j + 3] * lower
-            finish(acc, np.int32(shared_sh + sums_offset + parity), thread, first, first_x, rows, N, half, np.int64(bias_gl),
-                   np.int64(residual_gl), residual_stride, np.int64(out_gl), form, linear, cubic)
+            sums_sh = np.int32(shared_sh + sums_offset + parity)
+            keep(acc, sums_sh, thread)
+            cuda.syncthreads()
+            finish(sums_sh, up_offset, np.int32(across - gated), thread, np.int32(first >> gated), first_x, rows, np.int32(N >> gated),
+                   half, np.int64(bias_gl), np.int64(residual_gl), residual_stride, np.int64(out_gl), form, linear, cubic)
             parity = np.int32(sums_bytes - parity)
             for i in range(n_acc):
                 acc[i] = zero

@@ -79,16 +79,28 @@ def make_x(batch: int, unit: int) -> tuple[Callable, Callable]:
     return copy_x, place_x
 
 
-def make_finish(dtype: str, batch: int, tile_rows: int, warps: int) -> Callable:
-    """finish(acc, sums_sh, ...): out[first_x : first_x + batch, first : first + tile_rows] from the sums of all warps, in their order.
+def make_finish(dtype: str, batch: int, tile_rows: int, warps: int) -> tuple[Callable, Callable]:
+    """(keep, finish): out[first_x : first_x + batch, first : first + 2 ** across] from the sums of all warps, in their order.
 
-    acc[4 (i * batch / 8 + j) + r]: fragment of 16 rows of the weights i and of 8 rows of x j. sums_sh: tile_rows * batch float32 a warp,
-    twice: a tile's are read until the next one's barrier. half: 0, or for 16 rows of the weights that are 8 of gate and 8 of up, how many
-    rows of the weights lie between; what is written is then act(gate) * up, of half the columns.
+    keep(acc, sums_sh, thread): acc[4 (i * batch / 8 + j) + r] is the fragment of 16 rows of the weights i and of 8 rows of x j. sums_sh:
+    tile_rows * batch float32 a warp. There are two such, since a tile's are read until the next one's barrier.
+    finish(sums_sh, up, across, ...), behind a barrier. half: 0, or where act(gate) * up is written, rows of the weights between gate and
+    up, whose sums lie `up` bytes behind the gate's; N is then the columns of the result.
     """
     low, pair = ptx.LOW[dtype], ptx.PAIR[dtype]
-    row_tiles, batch_tiles, threads, shift = tile_rows // 16, batch // 8, 32 * warps, tile_rows.bit_length() - 1
-    warp_bytes, activate = 4 * tile_rows * batch, make_activate(1)
+    row_tiles, batch_tiles, threads, warp_bytes = tile_rows // 16, batch // 8, 32 * warps, 4 * tile_rows * batch
+    activate = make_activate(1)
+
+    @cuda.jit(device=True, forceinline=True)
+    def keep(acc, sums_sh, thread):
+        lane, warp = thread & 31, thread >> 5
+        mine_sh = sums_sh + warp * warp_bytes + 4 * batch * (lane >> 2) + 8 * (lane & 3)
+        for i in range(row_tiles):
+            for j in range(batch_tiles):
+                at = 4 * (i * batch_tiles + j)
+                here_sh = mine_sh + 64 * batch * i + 32 * j
+                ptx.st_shared_64(here_sh, ptx.f32_bits(acc[at]), ptx.f32_bits(acc[at + 1]))
+                ptx.st_shared_64(here_sh + 32 * batch, ptx.f32_bits(acc[at + 2]), ptx.f32_bits(acc[at + 3]))
 
     @cuda.jit(device=True, forceinline=True)
     def summed(sum_sh, bias_gl, column):
@@ -100,19 +112,9 @@ def make_finish(dtype: str, batch: int, tile_rows: int, warps: int) -> Callable:
         return value
 
     @cuda.jit(device=True, forceinline=True)
-    def finish(acc, sums_sh, thread, first, first_x, rows, N, half, bias_gl, residual_gl, residual_stride, out_gl, form, linear, cubic):
-        lane, warp = thread & 31, thread >> 5
-        mine_sh = sums_sh + warp * warp_bytes + 4 * batch * (lane >> 2) + 8 * (lane & 3)
-        for i in range(row_tiles):
-            for j in range(batch_tiles):
-                at = 4 * (i * batch_tiles + j)
-                here_sh = mine_sh + 64 * batch * i + 32 * j
-                ptx.st_shared_64(here_sh, ptx.f32_bits(acc[at]), ptx.f32_bits(acc[at + 1]))
-                ptx.st_shared_64(here_sh + 32 * batch, ptx.f32_bits(acc[at + 2]), ptx.f32_bits(acc[at + 3]))
-        cuda.syncthreads()
+    def finish(sums_sh, up, across, thread, first, first_x, rows, N, half, bias_gl, residual_gl, residual_stride, out_gl, form, linear,
+               cubic):
         value = cuda.local.array(1, np.float32)
-        gated = np.int32(half > 0)
-        first, N, across = np.int32(first >> gated), np.int32(N >> gated), np.int32(shift - gated)
         for item in range(thread, min(rows - first_x, batch) << across, threads):
             row, column = item >> across, item & (1 << across) - 1
             if first + column < N:
@@ -120,10 +122,10 @@ def make_finish(dtype: str, batch: int, tile_rows: int, warps: int) -> Callable:
                 value[0] = summed(sum_sh, bias_gl, first + column)
                 if form >= 0:
                     activate(value, form, linear, cubic)
-                if gated:
-                    value[0] *= summed(sum_sh + 4 * batch * (tile_rows // 2), bias_gl, first + column + half)
+                if half > 0:
+                    value[0] *= summed(sum_sh + up, bias_gl, first + column + half)
                 if residual_gl != 0:
                     value[0] += low(ptx.ld_written_16(residual_gl + 2 * ((first_x + row) * residual_stride + first + column)))
                 ptx.st_global_16(out_gl + 2 * (np.int64(first_x + row) * N + first + column), pair(value[0], np.float32(0)))
 
-    return finish
+    return keep, finish

@@ -2,7 +2,8 @@
 
 q in 0 .. 15, a scale (and zero point; without one, 8) a row and group of 32, 64 or 128 values of k. The weights lie as ftops/packing.py
 says, so that what a lane loads are its fragments. A block takes 32 rows of W and `batch` rows of x, and splits K over its warps (see
-linear_tile.py); a group's sums are scaled in float32. Floor: bytes of weights and scales / read bandwidth.
+linear_tile.py); a group's sums are scaled in float32. Gated, W is gate and up, one behind the other, and out = act(gate) * up + residual:
+behind each tile of gate a block takes the one of up that belongs to it. Floor: bytes of weights and scales / read bandwidth.
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from ftops.numba_kernels.linear_tile import X_ROW_BYTES, aligned_x, form_of, mak
 from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
 
 TILE_ROWS, PIECE_K, PIECES = 32, 32, 4  # rows of W a block; values of k a piece, pieces a stage of a warp: four accesses of a lane
+GATED_ROWS = 2 * TILE_ROWS  # gate and up together are a multiple of this
 WEIGHT_BYTES = 2048  # of a stage
 BATCHES = (8, 16, 32)
 RESIDENT_WARPS = 16  # of a multiprocessor, by registers
@@ -150,7 +152,8 @@ def make(config: Config) -> Callable:
     sums_bytes, last_sh = 4 * TILE_ROWS * batch * warps, last_stage * stage_bytes
     n_acc, n_sums, n_x_at = 8 * batch_tiles, 4 * batch_tiles, 2 * batch_tiles
     zero, nothing, start = np.float32(0), np.uint32(0), np.int32(0)
-    wait_for_oldest, finish = ptx.CP_ASYNC_WAIT[last_stage], make_finish(config.dtype, batch, TILE_ROWS, warps)
+    wait_for_oldest, (keep, finish) = ptx.CP_ASYNC_WAIT[last_stage], make_finish(config.dtype, batch, TILE_ROWS, warps)
+    across = TILE_ROWS.bit_length() - 1
     multiply, (copy_x, place_x) = make_piece(config), make_x(batch, 2 * PIECE_K)
 
     @cuda.jit(device=True, forceinline=True)
@@ -166,8 +169,8 @@ def make(config: Config) -> Callable:
             else:
                 ptx.cp_async_8(record_sh, group_gl, live)
 
-    def linear_w4a16(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, residual_stride, rows, N, K, tiles, count, group_pieces,
-                      record, form, linear, cubic):
+    def linear_w4a16(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, residual_stride, rows, N, K, tiles, half, count,
+                      group_pieces, record, form, linear, cubic):
         shared_sh = np.int32(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
@@ -185,9 +188,12 @@ def make(config: Config) -> Callable:
         steps = np.int32((own_pieces + (step_pieces - 1)) >> step_shift)
         w_gl += WEIGHT_BYTES * warp + 16 * lane
         scale_gl += record * g + warp * (scale_step // warps)
-        # From the end of the warp's stages of one tile to their start of the block's next.
-        w_jump = np.int64(apart) * tile_bytes - np.int64(steps) * step_bytes
-        scale_jump = np.int64(apart) * scale_bytes - np.int64(steps) * scale_step
+        # From the end of the warp's stages of one tile to their start of the block's next; of gate, to those of up, `half` tiles behind.
+        gated = np.int32(half > 0)
+        w_up, scale_up = np.int64(half) * tile_bytes, np.int64(half) * scale_bytes
+        w_read, scale_read = np.int64(steps) * step_bytes, np.int64(steps) * scale_step
+        w_jump, scale_jump = np.int64(apart) * tile_bytes - w_read - w_up, np.int64(apart) * scale_bytes - scale_read - scale_up
+        w_up, scale_up, tiles = w_up - w_read, scale_up - scale_read, half if half > 0 else tiles
         ring_sh, x_count = np.int32(shared_sh + warp * warp_bytes), np.int32(min(batch, rows - first_x))
         copy_sh, odd = np.int32(ring_sh + 16 * lane), lane >> 4
         copy_x_sh = np.int32(ring_sh + x_offset + X_ROW_BYTES * odd + (16 * (lane & 15) ^ 2 * PIECE_K * odd))
@@ -211,7 +217,8 @@ def make(config: Config) -> Callable:
             minus[i] = nothing
         ptx.wait_for_primary()
         ptx.launch_dependents()
-        waiting, ahead = np.int32(steps * ((tiles - tile + apart - 1) // apart)), steps  # stages to be copied, in all and of this tile
+        # Stages to be copied, in all and of this tile; whether this is a tile of up, for what is copied and what is multiplied.
+        waiting, ahead, copies_up, takes_up = np.int32(steps * ((tiles - tile + apart - 1) // apart) << gated), steps, start, start
         filling, using, parity, begin = start, start, start, np.int32(-last_stage)  # steps below 0 only copy
         while tile < tiles:
             for step in range(begin, steps):
@@ -224,7 +231,9 @@ def make(config: Config) -> Callable:
                     filling = start if filling == last_sh else np.int32(filling + stage_bytes)
                     waiting, ahead = np.int32(waiting - 1), np.int32(ahead - 1)
                     if ahead == 0:
-                        w_gl, scale_gl, x_gl, left, left_k, ahead = w_gl + w_jump, scale_gl + scale_jump, x_begin, own_pieces, own_k, steps
+                        onward = copies_up == gated
+                        w_gl, scale_gl = w_gl + (w_jump if onward else w_up), scale_gl + (scale_jump if onward else scale_up)
+                        x_gl, left, left_k, ahead, copies_up = x_begin, own_pieces, own_k, steps, np.int32(gated - copies_up)
                 ptx.cp_async_commit()
                 if step < 0:
                     continue
@@ -241,19 +250,27 @@ def make(config: Config) -> Callable:
                 multiply(1, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
                 multiply(2, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
                 multiply(3, stage_sh, record, x_at, x, acc, part, sums, scale, minus, off)
-            finish(acc, np.int32(shared_sh + sums_offset + parity), thread, np.int32(TILE_ROWS * tile), first_x, rows, N, start,
-                   np.int64(bias_gl), np.int64(residual_gl), residual_stride, np.int64(out_gl), form, linear, cubic)
-            parity = np.int32(sums_bytes - parity)
+            sums_sh = np.int32(shared_sh + sums_offset + parity)
+            if takes_up == gated:
+                keep(acc, sums_sh, thread)
+                cuda.syncthreads()
+                finish(np.int32(sums_sh - sums_bytes * gated), sums_bytes, across, thread, np.int32(TILE_ROWS * tile), first_x, rows,
+                       np.int32(N >> gated), np.int32(TILE_ROWS * half), np.int64(bias_gl), np.int64(residual_gl), residual_stride,
+                       np.int64(out_gl), form, linear, cubic)
+                tile = np.int32(tile + apart)
+            else:
+                cuda.syncthreads()  # what lies here has been read
+                keep(acc, sums_sh, thread)
+            parity, takes_up, begin = np.int32(sums_bytes - parity), np.int32(gated - takes_up), start
             for i in range(n_acc):
                 acc[i] = zero
-            tile, begin = np.int32(tile + apart), start
 
     return linear_w4a16
 
 
 def spec(config: Config, shared_bytes: int = 0) -> Spec:
     """shared_bytes above what is needed keep further blocks from a multiprocessor."""
-    return Spec(make, config, "pppppplliiiiiiiiff", threads=32 * config.warps, shared_bytes=max(shared_bytes, config.shared_bytes),
+    return Spec(make, config, "pppppplliiiiiiiiiff", threads=32 * config.warps, shared_bytes=max(shared_bytes, config.shared_bytes),
                 dependent=True)
 
 
@@ -292,11 +309,15 @@ def _kernel(dtype: torch.dtype, rows: int, features: int, K: int, group_size: in
 
 
 def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
-           residual: torch.Tensor | None, config: Config | None = None) -> torch.Tensor:
-    """packed [tiles, pieces, 32, 4]; scales [tiles, groups, 8, 4], or [..., 2] with zero points. config: in place of what is picked."""
+           residual: torch.Tensor | None, config: Config | None = None, gated: bool = False) -> torch.Tensor:
+    """packed [tiles, pieces, 32, 4]; scales [tiles, groups, 8, 4], or [..., 2] with zero points. config: in place of what is picked.
+
+    gated: features a multiple of GATED_ROWS, and the result half of them.
+    """
     columns, (tiles, count) = x.shape[-1], packed.shape[:2]
     rows = x.numel() // columns
-    out = x.new_empty((*x.shape[:-1], features))
+    half = tiles // 2 if gated else 0
+    out = x.new_empty((*x.shape[:-1], features // 2 if gated else features))
     x, x_stride, K = aligned_x(x, rows)
     bias_at = residual_at = residual_stride = 0
     if bias is not None:
@@ -308,5 +329,5 @@ def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features
     group_pieces = count // scales.shape[1]
     kernel, blocks_x, blocks = _kernel(x.dtype, rows, features, columns, PIECE_K * group_pieces, x.device.index, config)
     kernel(blocks_x, blocks, 1, x.data_ptr(), packed.data_ptr(), scales.data_ptr(), bias_at, residual_at, out.data_ptr(), x_stride,
-           residual_stride, rows, features, K, tiles, count, group_pieces, 8 if scales.dim() == 4 else 16, *form_of(activation))
+           residual_stride, rows, features, K, tiles, half, count, group_pieces, 8 if scales.dim() == 4 else 16, *form_of(activation))
     return out

@@ -54,7 +54,9 @@ def _cuda() -> Callable[..., Any]:
         else:
             return library(x, dequantise(packed, scales, features, x.shape[-1]), *rest)
         bias, activation, residual = rest
-        if activation in GLU:  # gate and up are in tiles of their own
+        if activation in GLU and launch is few.launch and not features % few.GATED_ROWS:
+            return launch(x, packed, scales, features, bias, GLU[activation], residual, gated=True)
+        if activation in GLU:
             return followed(launch(x, packed, scales, features, bias, None, None), None, activation, residual)
         return launch(x, packed, scales, features, *rest)
     return linear
@@ -117,6 +119,8 @@ def cases() -> Iterator[Case]:
     yield case("odd", (2, 111), 7, bias=True)
     yield case("row_odd", (1, 1000), 70, 64, zeros=True, activation="relu")
     yield case("gated", (2, 1, 768), 96, bias=True, activation="swiglu", residual=True)
+    yield case("gated_tiles", (1, 1, 4096), 320, activation="swiglu")
+    yield case("gated_everything", (9, 328), 192, 64, zeros=True, bias=True, activation="geglu", residual=True)
     yield case("gated_many", (70, 256), 64, activation="geglu")
     yield case("empty", (0, 64), 8, 64, bias=True)
     yield Case("columns", lambda device, dtype: (
