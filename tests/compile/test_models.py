@@ -89,7 +89,7 @@ def test_masks_and_lengths(family):
     for padding in (None, "left", "holes"):
         check(hf, compiled, "cpu", padding)
     assert [found.replaced for found in compiled.found] == [EXPECTED[family]]
-    if family in ("mistral", "gpt2", "gptj", "bert"):  # every kind of norm and attention; tracing what varies takes seconds
+    if family in ("mistral", "gptj"):  # both norms and both ways to write attention; to trace sizes that vary takes seconds
         with torch.inference_mode():
             for length in (20, 9, 33):
                 ids, mask = prompt(length=length, padding="left")

@@ -46,7 +46,6 @@ def test_its_tokenizer_gives_back_any_text():
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-@pytest.mark.slow
 def test_training_makes_what_auto_classes_load(tmp_path, monkeypatch):
     """The documented command on a small library: the loss falls, and every file that the log promises is there and loads."""
     library, out = tmp_path / "lib", tmp_path / "out"
