@@ -23,8 +23,8 @@ FACTOR = 3  # times as many requests as are served at once
 @pytest.mark.benchmark(timer=CLOCK)
 @torch.inference_mode()
 def test_many_requests(keep: Callable[[Record], None], benchmark: Any, device: torch.device) -> None:
-    """Seconds a token of the answers, prompts and all. Prompts and answers of the engine's requests are half to one and a half times as long
-    as those of the batches, evenly, and no two begin alike."""
+    """Seconds a token of the answers, prompts and all. The engine's prompts and answers are half to one and a half times as long as those
+    of the batches, evenly, and no two begin alike."""
     model = ftops.patch(embedded() if small_sizes() else llama_8b())
     words, chance = model.config.vocab_size, random.Random(0)
 
