@@ -13,7 +13,7 @@ from ftops.integrations.compile import replaced
 from tests.accuracy import assert_accurate
 from tests.compile.models import BACKEND, EXPECTED, decoding, model
 from tests.compile.rewritten import Rewritten
-from tests.families.places import FLOAT32, IN_FLOAT32
+from tests.families.places import FLOAT32, in_turn
 from tests.families.tiny import TINY, prompt
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -97,8 +97,7 @@ def test_masks_and_lengths(family):
         assert [found.replaced for found in compiled.found] == [EXPECTED[family]] * 2
 
 
-@IN_FLOAT32
-@pytest.mark.parametrize(("family", "patched"), [("llama", False), ("llama", True), ("mistral", False), ("gpt2", False)])
+@in_turn(2, patched=[False, True], family=["mistral", "llama", "gpt2"])
 def test_generate(family, patched, device, dtype, monkeypatch):
     """`generate` compiles the decode step over its static cache, on a GPU as a CUDA graph; Mistral's sliding one overflows, and is
     compiled again for that."""
