@@ -18,14 +18,14 @@ from ftops.numba_kernels.attention_sm90_config import NARROW, Config
 # read for MN-major operands alone.
 _SWIZZLED = (1 << 62) | (64 << 32)
 # A base stays while no score of the row is beyond it by more than 2 ** 8, so that O is seldom rescaled. It is what FlashAttention-4 does.
-SLACK = {dtype: np.float32(8) for dtype in ptx.KIND} | {NARROW: np.float32(0)}
+SLACK = {"16-bit": np.float32(8), NARROW: np.float32(0)}
 # The base of a row that has seen nothing: finite, since -inf - -inf is NaN, and below whatever may come.
 LOWEST = np.float32(-3e38)
 # A base may be any score of the row, as long as P stays within the dtype and sums within float32: the most that a thread's share of a row
 # of one tile may add up to before the row is measured anew.
-LOOSE = {"float16": np.float32(2.0 ** 15), "bfloat16": np.float32(2.0 ** 60), NARROW: np.float32(448)}
+LOOSE = {"16-bit": ptx.half_constant({"float16": 2.0 ** 15, "bfloat16": 2.0 ** 60}), NARROW: np.float32(448)}
 # A base is set so that the highest P is 2 ** this: for e4m3 between the 448 that it may grow to and 2 ** -6, below which bits are lost.
-HIGHEST_P = {dtype: np.float32(0) for dtype in ptx.KIND} | {NARROW: np.float32(3)}
+HIGHEST_P = {"16-bit": np.float32(0), NARROW: np.float32(3)}
 
 
 def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callable]:

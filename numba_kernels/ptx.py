@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +24,7 @@ _OPERAND = {"r": (ir.IntType(32), types.uint32), "l": (ir.IntType(64), types.uin
 
 
 HALVES = ("float16", "bfloat16")
+_STAND_INS: dict[float, dict[str, float]] = {}
 
 
 def _marked(texts: dict[int, str] | dict[str, str]) -> str:
@@ -38,7 +40,23 @@ def for_target(code: str, capability: int, dtype: str | None) -> str:
         texts = {case: text for case, _, text in (part.partition(":") for part in mark[1].replace("~", ";").split("`"))}
         return texts[dtype] if dtype in texts else texts[str(max(int(since) for since in texts if int(since) <= capability))]
 
+    if dtype:
+        for stand_in, values in _STAND_INS.items():
+            for before, after in zip(_as_text(stand_in), _as_text(values[dtype]), strict=True):
+                code = code.replace(before, after)
     return re.sub("``(.+?)``", chosen, code)
+
+
+def half_constant(values: dict[str, float]) -> np.float32:
+    """A number that stands for the value of each of HALVES until `for_target`. To compare with: what LLVM computes of it would stay."""
+    stand_in = np.uint32(0x4E5EED00 + len(_STAND_INS)).view(np.float32)
+    _STAND_INS[float(stand_in)] = values
+    return stand_in
+
+
+def _as_text(value: float) -> tuple[str, str]:
+    """A float32 as LLVM IR and PTX have it."""
+    return "0x" + struct.pack(">d", value).hex(), "0f" + struct.pack(">f", value).hex().upper()
 
 
 def with_half(texts: dict[str, str]) -> dict[str, str]:
