@@ -42,11 +42,11 @@ def sample(kind: str, dtype: torch.dtype, rows: int, N: int, K: int, options: di
         weight, scales = poison(N, K, -(-K // 8) * 8 + 8, dtype, K ** -0.5), None
         exact = weight.double()
     elif kind == "int4":
-        values = torch.randint(16, (N, K), dtype=torch.uint8)
-        per_group = (torch.rand(N, -(-K // group_size)) + 0.5) / (8 * K ** 0.5)
+        values = torch.randint(16, (N, K), dtype=torch.uint8, device=CUDA)
+        per_group = (torch.rand(N, -(-K // group_size), device=CUDA) + 0.5) / (8 * K ** 0.5)
         if zeros:
-            per_group = torch.stack((per_group, torch.randint(16, per_group.shape)), -1)
-        weight, scales = pack_4bit(values, group_size).to(CUDA), pack_groups(per_group).to(CUDA, dtype)
+            per_group = torch.stack((per_group, torch.randint(16, per_group.shape, device=CUDA)), -1)
+        weight, scales = pack_4bit(values, group_size), pack_groups(per_group).to(dtype)
         exact = dequantise_4bit(weight, scales, N, K, torch.float64)
     else:
         values = torch.nn.functional.pad(torch.randn(N, K, device=CUDA) * 60, (0, -K % 16)).clamp(-128, 127)
