@@ -7,7 +7,8 @@ import torch
 from ftops.ops.bias_activation import ACTIVATIONS
 from ftops.packing import dequantise_4bit, pack_4bit, pack_groups
 from tests.accuracy import assert_accurate, in_float64
-from tests.ops.test_gpu import CUDA, HALVES, poisoned
+from tests.ops.calls import CASES_AND_DTYPES
+from tests.ops.test_gpu import CUDA, HALVES, assert_case, poisoned
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="a kernel of sm_90a")]
@@ -156,3 +157,18 @@ def test_after_a_kernel_that_writes_its_inputs_and_in_a_graph():
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, expected)
+
+
+KIND = {"linear": "16-bit", "linear_w8a16": "int8", "linear_fp8": "e4m3", "linear_w4a16": "int4"}  # of weights, by op
+
+
+@pytest.mark.parametrize(("name", "case", "dtype"), [p for p in CASES_AND_DTYPES if p.values[0] in KIND and "many" in p.values[1].name
+                                                     and p.values[2] is not torch.float32])
+def test_the_ops_take_it(name, case, dtype, monkeypatch):
+    from ftops.numba_kernels import linear_sm90_launch, tuned
+    taken, start = [], linear_sm90_launch._start
+    monkeypatch.setattr(linear_sm90_launch, "FROM_ROWS", dict.fromkeys(linear_sm90_launch.FROM_ROWS, 1))
+    monkeypatch.setattr(linear_sm90_launch, "_start", lambda weight, *rest: taken.append(weight[0]) or start(weight, *rest))
+    monkeypatch.setattr(tuned, "UNTUNED", {0})
+    assert_case(name, *case.make(CUDA, dtype))
+    assert taken == [KIND[name]]
