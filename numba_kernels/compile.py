@@ -94,7 +94,7 @@ def compile_spec(spec: Spec, arches: Sequence[str], ptxas: Path | None = None) -
     if problem:
         raise RuntimeError(f"compiling {spec.name}: {problem}")
     from ftops.numba_kernels.ptx import for_target
-    dtype = spec.config.dtype if spec.halves else None
+    dtype = spec.config.dtype if spec.source is not spec else None
     for arch in arches:
         capability = int(re.sub(r"\D", "", arch))
         if ptxas:
