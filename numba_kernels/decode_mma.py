@@ -17,17 +17,21 @@ from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of, store_result
 from ftops.numba_kernels.decode_tile import KEYS, NOTHING, Config, lookup
 
-HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256)
+# By cache, how many rows a block may take at each head dim. 8-bit caches at 32 and 160 take the next one, whose further elements are not
+# read, and at 80, 96 and 192 more than 8 rows are row tiles, which read their keys from L2: a variant costs three seconds of compiling.
+_WIDE = {head_dim: (8, 16) for head_dim in (32, 64, 80, 96, 128, 160, 192, 256)}
+_NARROW = {64: (8, 16), 80: (8,), 96: (8,), 128: (8, 16), 192: (8,), 256: (8, 16)}
 RING_BYTES = 64 * 1024  # three blocks a Hopper multiprocessor, one where a block may have 99 KiB
 
 
 def pick(dtype: str, cache: str, head_dim: int, rows: int) -> Config:
     """Four warps if two stages then fit RING_BYTES, otherwise two; as many stages as fit, up to four."""
-    head_dim = next(d for d in HEAD_DIMS if d >= head_dim)
+    sizes = _WIDE if cache == "16-bit" else _NARROW
+    head_dim = next(d for d in sizes if d >= head_dim)
     stage = 2 * KEYS * head_dim * (2 if cache == "16-bit" else 1)
     warps = 4 if 8 * stage <= RING_BYTES else 2
     stages = min(4, RING_BYTES // (warps * stage))
-    return Config(dtype if cache == "16-bit" else "float16", cache, head_dim, 8 if rows <= 8 else 16, warps, stages)
+    return Config(dtype if cache == "16-bit" else "float16", cache, head_dim, 8 if rows <= 8 else sizes[head_dim][-1], warps, stages)
 
 
 def make(config: Config) -> Callable:
@@ -219,7 +223,6 @@ def spec(config: Config, shared_bytes: int = 0, dependent: bool = False) -> Spec
 
 def variants() -> Iterator[Spec]:
     """Every variant that `pick` can give."""
-    for head_dim in HEAD_DIMS:
-        for rows in (8, 16):
-            for dtype, cache in (("float16", "16-bit"), ("bfloat16", "16-bit"), ("float16", "int8"), ("float16", "float8_e4m3fn")):
-                yield spec(pick(dtype, cache, head_dim, rows))
+    for dtype, cache in (("float16", "16-bit"), ("bfloat16", "16-bit"), ("float16", "int8"), ("float16", "float8_e4m3fn")):
+        for head_dim, sizes in (_WIDE if cache == "16-bit" else _NARROW).items():
+            yield from (spec(pick(dtype, cache, head_dim, rows)) for rows in sizes)
