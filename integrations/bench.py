@@ -23,7 +23,6 @@ from ftops.integrations.demo.load import EMBEDDED, load_causal_lm
 from ftops.integrations.evaluate import library_text, weight_bytes
 from ftops.integrations.transformers.decoder import forget, unfit
 from ftops.progress import bar
-from ftops.quant.module import Quantized
 from ftops.timing import order
 
 BASELINE, COMPILED, OURS = "Hugging Face", "HF, static cache + compile", "ftops"
@@ -97,12 +96,11 @@ def bench(model: str | Path | None = None, *, batches: list[int], contexts: list
     config = ftops.QuantConfig(quant) if quant else None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    theirs, tokenizer = load_causal_lm(model or EMBEDDED, device=device, dtype=dtype, asked=("bench", "MODEL"))
+    theirs, tokenizer = load_causal_lm(model or EMBEDDED, device=device, dtype=dtype, asked=("bench", "MODEL"), original=True)
     longest = getattr(theirs.config.get_text_config(), "max_position_embeddings", None)
     if longest and max(contexts) + new_tokens > longest:
-        raise ValueError(f"bench: --context {max(contexts)} and --new-tokens {new_tokens} exceed the {longest} positions of this model")
-    if any(isinstance(module, Quantized) for module in theirs.modules()):
-        raise ValueError("bench: MODEL is quantised already, which leaves Hugging Face nothing to run; pass the original, and --quant")
+        raise ValueError(f"bench: --context {max(contexts)} and --new-tokens {new_tokens} exceed the {longest} positions of this model; "
+                         "shorten one of them")
     if compiled and theirs.device.type != "cuda":
         raise ValueError("bench: --compile needs a GPU; Hugging Face compiles its decoding there alone")
     theirs.generation_config = GenerationConfig()  # greedy, and no token ends a row

@@ -49,7 +49,7 @@ def evaluate(model: str | Path | None = None, quant: list[str] | None = None, *,
     logging.disable_progress_bar()
 
     def load(**more: Any) -> tuple[PreTrainedModel, Any]:
-        return load_causal_lm(model or EMBEDDED, device=device, dtype=dtype, asked=("evaluate", "MODEL"), **more)
+        return load_causal_lm(model or EMBEDDED, device=device, dtype=dtype, asked=("evaluate", "MODEL"), original=True, **more)
 
     original, tokenizer = load()
     tokens = _windows(tokenizer(written, return_tensors="pt", verbose=False).input_ids[0], original)[:windows].to(original.device)
@@ -77,7 +77,7 @@ def show(console: Console, found: list[Quality]) -> None:
 def quantize(model: str | Path | None, folder: str | Path, quant: str, *, device: str | None = None, dtype: str | None = None,
              options: dict[str, Any] | None = None) -> PreTrainedModel:
     """Quantises a model as it is read, and saves it with its tokenizer in a new folder. Raises ValueError."""
-    quantised, tokenizer = load_causal_lm(model or EMBEDDED, device=device, dtype=dtype, asked=("quantize", "MODEL"),
+    quantised, tokenizer = load_causal_lm(model or EMBEDDED, device=device, dtype=dtype, asked=("quantize", "MODEL"), original=True,
                                           quantization_config=ftops.QuantConfig(quant, **(options or {})))
     ftops.save(quantised, folder, tokenizer=tokenizer)
     return quantised

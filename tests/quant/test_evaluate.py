@@ -1,13 +1,18 @@
 """Quality, measured: what each format costs the embedded model on text that it has not seen, and the commands that say so."""
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import ftops
 from ftops.cli import main
 from ftops.integrations.demo.load import load_causal_lm
-from ftops.integrations.evaluate import evaluate
+from ftops.integrations.evaluate import evaluate, quantize
 
 # Of the original: the most that perplexity may grow, and the largest logit error as a share of the largest logit. Measured on eight
 # windows: int4 1.047 and 0.23, in groups of 32 with zero points 1.029 and 0.13, int8 and w8a8 1.0004 and 0.013, fp8 1.003 and 0.05.
@@ -64,6 +69,22 @@ def test_commands(tmp_path, capsys, monkeypatch):
     assert "int4 g64" in out and "lm_head" in out and "->" in out
     loaded, _ = load_causal_lm(tmp_path / "new", device="cpu")
     assert {module.qw.name for module in loaded.modules() if hasattr(module, "qw")} == {"int4 g64", "int8"}
+    for command in (["evaluate"], ["bench"], ["quantize", str(tmp_path / "int8"), "--quant", "int8"]):
+        assert main([command[0], str(tmp_path / "new"), *command[1:], "--device", "cpu"]) == 2
+        assert capsys.readouterr().err.endswith(f"MODEL is {tmp_path / 'new'}, which is quantised already; pass the original model\n")
+
+
+@pytest.mark.slow  # transformers is imported anew
+def test_a_new_process_generates_with_what_was_saved(tmp_path):
+    """transformers takes the weights of a format that it does not know for missing ones, makes random ones up, and goes on."""
+    model = quantize(None, tmp_path / "new", "int8", device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    ids = tokenizer("def f(", return_tensors="pt").input_ids
+    expected = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0])
+    command = [sys.executable, "-m", "ftops", "generate", "--model", str(tmp_path / "new"), "--prompt", "def f(", "--device", "cpu",
+               "--max-new-tokens", "8"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.stdout.rstrip("\n") == expected.rstrip("\n"), done.stderr
 
 
 WRONG = [
