@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftops import __version__
-from ftops.ops import OPS, compiler_problem, kernel_cache, kernel_file, oldest_capability
+from ftops.ops import OPS, compiler_problem, kernel_cache, kernel_file, oldest_capability, op_module
 from ftops.ops.candidates import known
 
 # Several names: the wheels of CUDA 12 carry it as a suffix.
@@ -60,7 +60,7 @@ def show(console: Console) -> None:
                           str(about.multi_processor_count))
         console.print(table)
     else:
-        console.print("GPUs: none found. The CPU is used: every op runs on PyTorch there, with the same results.")
+        console.print("GPUs: none found. The CPU is used: every op runs there, with the same results.")
     if missing:
         console.print("The kernels cannot run here:")
     for sentence in missing:
@@ -80,7 +80,8 @@ def show(console: Console) -> None:
     for column in ("op", "on a GPU", "on the CPU"):
         table.add_column(column, overflow="fold")
     for name in OPS:
-        table.add_row(name, kernel_file(name) or "no kernel in this version: raises", "PyTorch")
+        table.add_row(name, kernel_file(name) or "no kernel in this version: raises",
+                      getattr(op_module(name), "ON_CPU", "PyTorch"))
     console.print(table)
 
 

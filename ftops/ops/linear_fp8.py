@@ -37,6 +37,9 @@ def _library(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest:
     return library(x, dequantise(values, scales, x.shape[-1], x.dtype), *rest)
 
 
+KERNEL = "linear"  # its file serves this op too
+
+
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.launch import capability
     from ftops.numba_kernels.linear import serves

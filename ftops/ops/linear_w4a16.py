@@ -39,6 +39,9 @@ def _cpu(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: 
     return followed(one_row(x, packed, scales, features).view(*x.shape[:-1], features), *rest)
 
 
+ON_CPU = "PyTorch and Numba"  # the latter for one row of x
+
+
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels import linear_sm90_launch as hopper
     from ftops.numba_kernels import linear_w4a16 as few

@@ -53,6 +53,10 @@ def _cpu(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torc
     return followed(y.view(*x.shape[:-1], -1), bias, activation, residual)
 
 
+KERNEL = "linear"  # its file serves this op too
+ON_CPU = "PyTorch and Numba"  # the latter for one row of x
+
+
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear import serves
     from ftops.numba_kernels.linear_sm90_launch import serves as serves_many

@@ -35,6 +35,10 @@ def _cpu(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: to
     return LINEAR_W8A16(smoothed(x, smooth), values, scales, *rest)
 
 
+KERNEL = "linear"  # its file serves this op too
+ON_CPU = "PyTorch and Numba"  # the latter for one row of x
+
+
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.quantise_rows import launch as quantise
     from ftops.numba_kernels.scale_product import launch as scale_product

@@ -24,6 +24,7 @@ def test_without_a_gpu_it_says_what_is_missing_and_what_is_used(capsys):
     assert torch.__version__ in shown
     for op in OPS:
         assert f"│ {op} │" in shown
+    assert "no kernel" not in shown and "│ linear_w8a16 │ numba_kernels/linear.py │ PyTorch and Numba │" in shown
 
 
 def test_a_narrow_terminal_cuts_nothing_off(capsys, monkeypatch):
