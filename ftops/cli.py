@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--compile", action="store_true", help="also Hugging Face with a static cache and torch.compile, on a GPU")
     bench.add_argument("--repeats", type=int, default=3, help="timed runs, of which the median is shown, default 3")
     bench.add_argument("--json", metavar="FILE", help="write all figures there")
-    bench.add_argument("--plot", metavar="FILE", help="draw them there, a .png")
+    bench.add_argument("--plot", metavar="FILE", help="draw them there: a .png, .svg or .pdf")
     _add_placement(bench)
 
     tune = commands.add_parser("tune", help="measure which kernel is the fastest for each linear layer of a model on this GPU, and keep it")

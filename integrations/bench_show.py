@@ -20,16 +20,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+ENDINGS = (".png", ".svg", ".pdf")
 COLOURS = {BASELINE: "#7f7f7f", COMPILED: "#e6862b", OURS: "#1f6fb4"}
 
 
-def check_files(*files: str | Path | None) -> None:
-    """Before anything is measured: the folders are there, and what draws is installed for the last one. Raises ValueError."""
-    for file in filter(None, files):
+def check_files(table: str | Path | None, plot: str | Path | None) -> None:
+    """Before anything is measured: the folders are there, and what draws is installed and knows the plot's ending. Raises ValueError."""
+    for file in filter(None, (table, plot)):
         if not Path(file).expanduser().absolute().parent.is_dir():
             raise ValueError(f"bench: {file} cannot be written: {Path(file).expanduser().absolute().parent} is no folder; make it first")
-    if files[-1] is not None and find_spec("matplotlib") is None:
+    if plot is not None and find_spec("matplotlib") is None:
         raise ValueError("bench: --plot needs matplotlib, which is not installed; pip install 'ftops[bench]'")
+    if plot is not None and Path(plot).suffix not in ENDINGS:
+        raise ValueError(f"bench: --plot is {plot}; allowed: a file that ends in {', '.join(ENDINGS)}")
 
 
 def speed(run: Run, found: Bench) -> float | None:
@@ -86,7 +89,7 @@ def write(found: Bench, file: str | Path) -> None:
 
 
 def draw(found: Bench, file: str | Path) -> None:
-    """A PNG, or what the file's ending says."""
+    """In the format that the file's ending says, one of ENDINGS."""
     figure(found).savefig(Path(file).expanduser(), dpi=150)
 
 

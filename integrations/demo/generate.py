@@ -50,7 +50,7 @@ def generate(prompt: str, *, model: str | None = None, max_new_tokens: int = 128
     if not length:
         raise ValueError("generate: --prompt is empty, and this model's tokenizer adds no first token; pass some text")
     if longest and length + max_new_tokens > longest:
-        raise ValueError(f"generate: the prompt's {length} tokens and --max-new-tokens {max_new_tokens} exceed the {longest} positions of "
+        raise ValueError(f"generate: --prompt of {length} tokens and --max-new-tokens {max_new_tokens} exceed the {longest} positions of "
                          "this model; shorten one of them")
     if patch:
         ftops.patch(network)

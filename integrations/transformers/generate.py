@@ -29,7 +29,7 @@ BEAMS = ("num_return_sequences", "length_penalty", "early_stopping", "beam_diver
 
 def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, return_logprobs: bool = False,
              return_logits: bool = False, return_hidden_states: bool = False, progress: bool = False,
-             draft_model: PreTrainedModel | None = None, num_draft_tokens: int = 5, num_beams: int = 1,
+             draft_model: PreTrainedModel | None = None, num_draft_tokens: int | None = None, num_beams: int = 1,
              **options: Any) -> torch.Tensor | Generated:
     """See `ftops.generate`."""
     more = return_logprobs or return_logits or return_hidden_states
@@ -40,6 +40,8 @@ def generate(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: to
         return generate_beams(model, input_ids, attention_mask, options, num_beams, more, progress, **for_beams)
     if for_beams:
         raise ValueError(f"generate: {next(iter(for_beams))} is given and num_beams is 1; pass num_beams=4, say, or leave it out")
+    if num_draft_tokens is not None and draft_model is None:
+        raise ValueError("generate: num_draft_tokens is given and draft_model is None; pass a smaller patched decoder, or leave it out")
     if draft_model is not None or options.get("prompt_lookup_num_tokens"):
         return speculate(model, input_ids, attention_mask, options, draft_model, num_draft_tokens, more, progress)
     running = stream(model, input_ids, attention_mask, return_logprobs=return_logprobs, return_logits=return_logits,

@@ -13,6 +13,8 @@ from ftops.integrations.transformers.checks import check_length, checked, most
 from ftops.integrations.transformers.decoder import CausalDecoder, SeveralDecoder, fingerprint, session, unfit
 from ftops.progress import track
 
+DRAFTS = 5  # tokens that a draft model writes ahead, unless the caller says how many
+
 
 class DraftCausalDecoder(CausalDecoder):
     """Reads one or two tokens a row, to wherever the row is by now."""
@@ -38,11 +40,11 @@ class DraftCausalDecoder(CausalDecoder):
 
 
 def speculate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any],
-              draft_model: PreTrainedModel | None, num_draft_tokens: int, more: bool, progress: bool) -> torch.Tensor:
+              draft_model: PreTrainedModel | None, num_draft_tokens: int | None, more: bool, progress: bool) -> torch.Tensor:
     """See `ftops.generate`."""
     parsed = checked(model, ids, mask, options, streamed=False)
     name, drafts = ("prompt_lookup_num_tokens", parsed.prompt_lookup_num_tokens) if draft_model is None else (
-        "num_draft_tokens", num_draft_tokens)
+        "num_draft_tokens", DRAFTS if num_draft_tokens is None else num_draft_tokens)
     words = model.config.get_text_config(decoder=True).vocab_size
     asked = rules.build(parsed, ids, torch.ones_like(ids, dtype=torch.bool), words).keys() - SERVED
     whole = isinstance(drafts, int) and 1 <= drafts <= MOST

@@ -162,6 +162,7 @@ WRONG = [
     (["--device", "auto"], "--device is auto; allowed: cpu, cuda"),
     (["--compile", "--device", "cpu"], "--compile needs a GPU"),
     (["--json", "/no/such/folder/out.json"], "/no/such/folder is no folder"),
+    (["--plot", "out.xls"], "--plot is out.xls; allowed: a file that ends in .png, .svg, .pdf"),
     (["/no/such/model"], "bench: MODEL is /no/such/model"),
 ]
 

@@ -127,6 +127,8 @@ def test_wrong_use_is_refused(monkeypatch):
         run(model, draft_model=small, num_draft_tokens=16)
     with pytest.raises(ValueError, match=r"num_draft_tokens is 5; allowed: 1 to 15, without penalties"):
         run(model, draft_model=small, repetition_penalty=1.2)
+    with pytest.raises(ValueError, match="num_draft_tokens is given and draft_model is None"):
+        run(model, num_draft_tokens=4)
     with pytest.raises(ValueError, match="leave one out"):
         run(model, draft_model=small, prompt_lookup_num_tokens=4)
     with pytest.raises(TypeError, match="draft_model is no option"):
