@@ -113,14 +113,17 @@ def generate(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: to
 
 
 def stream(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> Stream:
-    """`generate` as an iterator of the tokens of each step, int64 [B]; it has `cancel`, `text(tokenizer)` and `result`."""
+    """`generate` as an iterator of the tokens of each step, int64 [B]; it has `cancel`, `text(tokenizer)` and `result`.
+
+    Options are those of `generate`, but for beams, drafts, prompt lookup and progress. Raises TypeError or ValueError.
+    """
     from ftops.integrations.transformers.generate import stream as implementation
     return implementation(model, input_ids, attention_mask, **options)
 
 
 def conversation(model: torch.nn.Module, batch: int = 1, capacity: int | None = None) -> Any:
     """A talk with a patched decoder, in turns, whose cache is kept: `chat.generate(new_ids, **options)` and `chat.stream` read what is new
-    alone and answer as `generate` would answer all of it; `chat.rewind(length)` forgets.
+    alone and answer as `generate` would answer all of it, with the options of `stream`; `chat.rewind(length)` forgets.
 
     batch: rows, which take their turns together. capacity: tokens a row, prompts and answers (None: what the model allows, 4096 at most),
     for which memory is taken at the first turn. Raises ValueError.
@@ -130,6 +133,10 @@ def conversation(model: torch.nn.Module, batch: int = 1, capacity: int | None = 
 
 
 def warmup(model: torch.nn.Module, **options: Any) -> None:
-    """Compiles ahead of use every kernel that the patched `model` needs, with a progress bar."""
+    """Compiles ahead of use every kernel that the patched `model` needs, with a progress bar.
+
+    batch_sizes: (1,) unless given. max_length: tokens of the prompt that is run, 512 or what the model allows unless given. Raises
+    TypeError or ValueError.
+    """
     from ftops.integrations.transformers.warmup import warmup as implementation
     implementation(model, **options)

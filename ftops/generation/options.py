@@ -93,7 +93,7 @@ def parse(given: Mapping[str, Any], batch: int, words: int, caller: str = "gener
     known = [field.name for field in fields(Options)]
     for name in given:
         if name not in known:
-            raise TypeError(f"{caller}: {name} is no option; there are {', '.join(known)}")
+            raise TypeError(f"{caller}: {name} is no option here; ftops.generation.Options has {', '.join(known)}")
     options = Options(**given)
     for name, (low, high, closed, _) in _FLOATS.items():
         value = getattr(options, name)

@@ -43,8 +43,8 @@ class Conversation:
                  return_logits: bool = False, return_hidden_states: bool = False, **options: Any) -> torch.Tensor | Generated:
         """The next turn: input_ids[B,S], of which attention_mask[B,S] are tokens, and the answer, int64 [B, S + N].
 
-        S may be 0 once something was said: the answer then goes on. Options and results are those of `ftops.generate`. Raises ValueError,
-        and RuntimeError where the model has been changed.
+        S may be 0 once something was said: the answer then goes on. Options are those of `ftops.stream`, results those of `ftops.generate`.
+        Raises TypeError or ValueError, and RuntimeError where the model has been changed.
         """
         running = self.stream(input_ids, attention_mask, return_logprobs=return_logprobs, return_logits=return_logits,
                               return_hidden_states=return_hidden_states, **options)

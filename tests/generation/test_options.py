@@ -207,7 +207,7 @@ def test_a_wrong_option_is_refused(options, parts):
 
 def test_a_wrong_call_is_refused():
     model, (ids, mask) = patched(), prompt()
-    with pytest.raises(TypeError, match=r"generate: num_beans is no option; there are max_new_tokens, "):
+    with pytest.raises(TypeError, match=r"generate: num_beans is no option here; ftops.generation.Options has max_new_tokens, "):
         ftops.generate(model, ids, num_beans=4)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be served: it has no ftops block; call ftops.patch"):
         ftops.generate(tiny("llama"), ids)
