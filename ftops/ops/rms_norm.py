@@ -28,10 +28,9 @@ def reference_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Te
 
 
 def _cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
-    """Written out: PyTorch's own takes as long for a token, and for 512 x 4096 five times this (7.1 and 1.3 ms; bfloat16 9.2 and 1.9)."""
-    wide = x.float()
-    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().mul_(1 / max(x.shape[-1], 1)).add_(eps).rsqrt_()
-    return wide.mul(scale).mul_(weight + offset if offset else weight).to(x.dtype).contiguous()
+    if offset:
+        return reference(x, weight, eps, offset).contiguous()
+    return torch.rms_norm(x, weight.shape, weight, eps).contiguous()
 
 
 def _cpu_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
