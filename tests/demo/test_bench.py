@@ -130,7 +130,7 @@ def test_the_command_writes_table_and_file(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr()
     assert "ftops, fp8" in out.out and "fp8 is another model" in out.out and "written:" in out.err
     about = json.loads((tmp_path / "out.json").read_text())
-    assert about["machine"]["torch"] == torch.__version__ and about["quant"] == "fp8" and len(about["runs"]) == 4
+    assert torch.__version__.startswith(about["machine"]["torch"]) and about["quant"] == "fp8" and len(about["runs"]) == 4
     assert about["runs"][1]["memory"] < 0.5 * about["runs"][0]["memory"]
 
 
