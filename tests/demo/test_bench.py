@@ -169,6 +169,8 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments[:2]) for arguments, _ in WRONG])
 def test_wrong_arguments(arguments, message, capsys):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
     assert main(["bench", *arguments]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and not shown.out
