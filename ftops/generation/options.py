@@ -110,10 +110,12 @@ def parse(given: Mapping[str, Any], batch: int, words: int, caller: str = "gener
     for name, groups in (("bad_words", options.bad_words), ("stop", options.stop), ("sequence_bias", options.sequence_bias or {}),
                          ("eos_token_id", [options.eos]), ("logit_bias", [] if isinstance(options.logit_bias, torch.Tensor)
                                                            else [list(options.logit_bias or {})])):
+        if isinstance(groups, str) or not isinstance(groups, (Sequence, Mapping)):
+            raise _invalid(caller, name, repr(groups), "a list, of sequences of token ids" + (" or texts" if name == "stop" else ""))
         for group in groups:
-            if not len(group) and name != "eos_token_id" and name != "logit_bias":
+            if name != "eos_token_id" and name != "logit_bias" and (not isinstance(group, Sequence) or not len(group)):
                 raise _invalid(caller, name, f"{group!r} among others", "sequences that are not empty")
-            if not isinstance(group, str) and not all(isinstance(word, int) and 0 <= word < words for word in group):
+            if not (name == "stop" and isinstance(group, str)) and not all(isinstance(word, int) and 0 <= word < words for word in group):
                 raise _invalid(caller, name, group, f"token ids, 0 to {words - 1}")
     if isinstance(options.logit_bias, torch.Tensor) and options.logit_bias.shape not in ((words,), (batch, words)):
         raise _invalid(caller, "logit_bias", tuple(options.logit_bias.shape), f"({words},), ({batch}, {words}), or {{token: bias}}")

@@ -99,7 +99,7 @@ def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims
 def check_window(op: str, window: tuple[int, int] | None) -> tuple[int, int]:
     if window is None:
         return -1, -1
-    if len(window) != 2 or window[0] < -1 or window[1] < -1:
+    if not isinstance(window, (tuple, list)) or len(window) != 2 or window[0] < -1 or window[1] < -1:
         raise invalid(op, "window", window, "(left, right) in tokens, each -1 (unbounded) or more")
     return window[0], window[1]
 

@@ -25,6 +25,8 @@ def checked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None
                                                       type(ids).__name__) + "; allowed: int64 [B,S] with at least one token a row")
     if ids.device != model.device:
         raise ValueError(f"generate: input_ids is on {ids.device} but the model on {model.device}; move it, input_ids.to(model.device)")
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise ValueError(f"generate: attention_mask is {type(mask).__name__}; allowed: a tensor {tuple(ids.shape)}, or None")
     if mask is not None and (mask.shape != ids.shape or mask.device != ids.device):
         raise ValueError(f"generate: attention_mask is {tuple(mask.shape)} on {mask.device}; allowed: {tuple(ids.shape)} on {ids.device}")
     config = model.generation_config

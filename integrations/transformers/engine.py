@@ -61,12 +61,12 @@ class Engine(engine.Engine):
         ValueError for what can never be served, `ftops.engine.QueueFull` while max_waiting requests wait, RuntimeError once it is closed.
         """
         words = self._model.config.get_text_config(decoder=True).vocab_size
-        tokens = prompt_ids.tolist() if hasattr(prompt_ids, "tolist") else list(prompt_ids)
-        if not tokens or not all(isinstance(token, int) and 0 <= token < words for token in tokens):
+        tokens = prompt_ids.tolist() if hasattr(prompt_ids, "tolist") else prompt_ids
+        if not isinstance(tokens, Sequence) or not tokens or not all(isinstance(token, int) and 0 <= token < words for token in tokens):
             raise ValueError(f"submit: prompt_ids is {_short(prompt_ids)}; allowed: one or more token ids, 0 to {words - 1}, [S]")
         parsed = parse({"eos_token_id": self._model.generation_config.eos_token_id} | options, 1, words, "submit")
         _check(parsed)
-        return super().submit(tokens, parsed, return_logprobs)
+        return super().submit(list(tokens), parsed, return_logprobs)
 
 
 def _unfit(model: PreTrainedModel) -> str | None:

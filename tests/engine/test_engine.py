@@ -238,6 +238,7 @@ def test_a_full_queue_is_refused(monkeypatch):
 
 WRONG = {
     "no tokens": ({"prompt_ids": []}, "prompt_ids is [[][]]; allowed: one or more token ids, 0 to 119"),
+    "a number": ({"prompt_ids": 5}, "prompt_ids is 5; allowed: one or more token ids"),
     "no word": ({"prompt_ids": [1, 120]}, "allowed: one or more token ids, 0 to 119"),
     "a batch": ({"prompt_ids": torch.ones(1, 3, dtype=torch.int64)}, r"prompt_ids is torch.int64 \(1, 3\)"),
     "an option": ({"top_p": 2.0}, "submit: top_p is 2.0"),

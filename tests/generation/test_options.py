@@ -191,7 +191,8 @@ WRONG = [
     ({"min_p": "high"}, ["min_p is 'high'", "a number"]), ({"repetition_penalty": 0.0}, ["repetition_penalty", "above 0"]),
     ({"bad_words": [[]]}, ["bad_words", "not empty"]), ({"stop": [[5, 999]]}, ["stop is [5, 999]", "0 to 119"]),
     ({"stop": ["end"]}, ["stop has text, 'end'", "tokenizer"]), ({"eos_token_id": 500}, ["eos_token_id is [500]", "0 to 119"]),
-    ({"logit_bias": torch.zeros(7)}, ["logit_bias is (7,)", "(120,), (3, 120)"]),
+    ({"stop": "end"}, ["stop is 'end'", "a list", "texts"]), ({"bad_words": ["end"]}, ["bad_words is end", "token ids"]),
+    ({"bad_words": [5]}, ["bad_words is 5", "sequences"]), ({"logit_bias": torch.zeros(7)}, ["logit_bias is (7,)", "(120,), (3, 120)"]),
     ({"min_new_tokens": 3}, ["min_new_tokens", "eos_token_id"]),
     ({"top_p_decay": 0.5}, ["top_p_decay", "top_p, which is None"]), ({"max_new_tokens": 4000}, ["4000", "128 positions"]),
 ]
@@ -217,5 +218,7 @@ def test_a_wrong_call_is_refused():
         ftops.generate(model, ids[0])
     with pytest.raises(ValueError, match=r"attention_mask is \(2, 11\) on cpu; allowed: \(2, 12\)"):
         ftops.generate(model, ids, mask[:, 1:])
+    with pytest.raises(ValueError, match=r"attention_mask is list; allowed: a tensor \(2, 12\), or None"):
+        ftops.generate(model, ids, mask.tolist())
     with pytest.raises(ValueError, match="input_ids is on meta but the model on cpu"):
         ftops.generate(model, ids.to("meta"))

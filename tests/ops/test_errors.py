@@ -159,6 +159,7 @@ WRONG = [
     ("attention", {"q": zeros(2, 5, 3, 16)}, ["q's heads", "3", "multiple of the 2"]),
     ("attention", {"q": zeros(3, 5, 4, 16)}, ["k.shape", "(2, 7, 2, 16)", "[3, Skv, Hkv, 16]"]),
     ("attention", {"window": (-2, 0)}, ["window", "(-2, 0)", "(left, right)"]),
+    ("attention", {"window": 3}, ["window", "3", "(left, right)"]),
     ("attention", {"window": (1, 2, 3)}, ["window", "(1, 2, 3)", "(left, right)"]),
     ("attention", {"softcap": -1.0}, ["softcap", "-1.0", "0 (off) or more"]),
     ("attention", {"alibi_slopes": zeros(2)}, ["alibi_slopes", "(2,)", "float32 (4,)"]),
