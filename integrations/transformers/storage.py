@@ -53,6 +53,9 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, max_shard_
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
     """See `ftops.load`."""
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"load: device is {device!r} but PyTorch finds no CUDA device; pass 'cpu' (`ftops info` says what is missing)")
     folder = Path(folder).expanduser()
     config = _json(folder / "config.json")
     method = (config.get("quantization_config") or {}).get("quant_method")
@@ -65,7 +68,6 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> PreTra
         raise ValueError(f"load: {folder / 'config.json'} names the architecture {name}, which transformers {transformers.__version__} "
                          "does not have")
     files = _files(folder)
-    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"device_map": device, "local_files_only": True, "output_loading_info": True}
     if method == METHOD:
         QuantConfig.from_dict(config["quantization_config"])

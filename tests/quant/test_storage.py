@@ -162,6 +162,12 @@ def test_what_is_wrong_is_refused(damage, folder):
         ftops.load(folder, device="cpu")
 
 
+def test_a_gpu_that_is_not_there_is_said(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="load: device is 'cuda:0' but PyTorch finds no CUDA device"):
+        ftops.load(folder, device="cuda:0")
+
+
 def test_a_format_that_is_not_known(folder):
     for file in shards(folder):
         with safe_open(file, "pt") as opened:
