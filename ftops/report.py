@@ -24,11 +24,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in module order. `print(report)` shows a table: module, swapped to, or kept and why."""
+    """Rows in module order. `print(report)` shows a table: module, swapped to, or kept and why.
+
+    kv_cache: the dtype of keys and values while generating, if it is not the model's own.
+    """
 
     model: str
     family: str | None
     rows: tuple[Row, ...]
+    kv_cache: str | None = None
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -64,6 +68,8 @@ class Report:
         quantised = any(row.quantised for row in self.rows)
         if quantised:
             title += f"; quantised weights take {_mib(self.weights)} MiB"
+        if self.kv_cache:
+            title += f"; keys and values in {self.kv_cache} while generating"
         table = Table()
         reasons, fallbacks = any(row.reason for row in self.rows), self.fallbacks > 0
         for column in ("module", "class", "swapped to", *["why"] * reasons, *["fell back"] * fallbacks, *["weights", "MiB"] * quantised):

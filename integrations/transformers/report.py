@@ -6,6 +6,7 @@ from collections import Counter
 
 from torch import nn
 
+from ftops.integrations.transformers.decoder import cache_dtype
 from ftops.integrations.transformers.layer import FusedLayer
 from ftops.integrations.transformers.leaves import FusedNorm
 from ftops.quant.module import Quantized, QuantizedLinear
@@ -40,7 +41,8 @@ def report(model: nn.Module) -> Report:
         kind = type(modules[0])
         rows.insert(place, Row(path + count, kind.__name__, "quantised " + ("linear" if kind is QuantizedLinear else "embedding"), "", (),
                                *_quantised(*modules)))
-    return Report(type(model).__name__, families[0] if families else None, tuple(rows))
+    cache = cache_dtype(model)
+    return Report(type(model).__name__, families[0] if families else None, tuple(rows), None if cache is None else str(cache)[6:])
 
 
 def _quantised(*modules: nn.Module) -> tuple[str, tuple[int, int]]:

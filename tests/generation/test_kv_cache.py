@@ -82,7 +82,8 @@ def test_every_way_to_generate(device, dtype, monkeypatch):
 def test_copies_keep_it_and_unpatch_ends_it():
     model = ftops.patch(tiny("llama"), kv_cache="fp8")
     assert decoder.cache_dtype(copy.deepcopy(model)) is torch.float8_e4m3fn
-    assert decoder.cache_dtype(ftops.patch(model)) is None
+    assert "keys and values in float8_e4m3fn while generating" in str(ftops.report(model))
+    assert decoder.cache_dtype(ftops.patch(model)) is None and "keys and values" not in str(ftops.report(model))
     ftops.unpatch(ftops.patch(model, kv_cache="fp8"))
     assert "_ftops_kv_cache" not in model.__dict__
 
