@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 import ftops
 from ftops.integrations.demo.load import EMBEDDED, load_causal_lm
-from ftops.integrations.evaluate import library_text, weight_bytes
+from ftops.integrations.evaluate import check_formats, library_text, weight_bytes
 from ftops.integrations.transformers.decoder import forget, unfit
 from ftops.progress import bar
 from ftops.timing import order
@@ -93,6 +93,7 @@ def bench(model: str | Path | None = None, *, batches: list[int], contexts: list
             raise ValueError(f"bench: {argument} is {', '.join(map(str, numbers)) or 'empty'}; allowed: {least} or more")
     if device == "auto":
         raise ValueError("bench: --device is auto; allowed: cpu, cuda, cuda:1 and so on: a model spread over devices is not captured")
+    check_formats("bench", *filter(None, [quant]))
     config = ftops.QuantConfig(quant) if quant else None
     logging.set_verbosity_error()
     logging.disable_progress_bar()

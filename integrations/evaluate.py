@@ -44,6 +44,7 @@ def evaluate(model: str | Path | None = None, quant: list[str] | None = None, *,
     """
     if windows < 1:
         raise ValueError(f"evaluate: --windows is {windows}; allowed: 1 or more")
+    check_formats("evaluate", *quant or ())
     configs = {name: ftops.QuantConfig(name, **(options or {})) for name in quant or FORMATS}
     written = _text(text)
     logging.disable_progress_bar()
@@ -77,10 +78,17 @@ def show(console: Console, found: list[Quality]) -> None:
 def quantize(model: str | Path | None, folder: str | Path, quant: str, *, device: str | None = None, dtype: str | None = None,
              options: dict[str, Any] | None = None) -> PreTrainedModel:
     """Quantises a model as it is read, and saves it with its tokenizer in a new folder. Raises ValueError."""
+    check_formats("quantize", quant)
     quantised, tokenizer = load_causal_lm(model or EMBEDDED, device=device, dtype=dtype, asked=("quantize", "MODEL"), original=True,
                                           quantization_config=ftops.QuantConfig(quant, **(options or {})))
     ftops.save(quantised, folder, tokenizer=tokenizer)
     return quantised
+
+
+def check_formats(command: str, *names: str) -> None:
+    for name in names:
+        if name not in FORMATS:
+            raise ValueError(f"{command}: --quant is {name!r}; allowed: {', '.join(FORMATS)}")
 
 
 def library_text() -> str:

@@ -158,7 +158,7 @@ WRONG = [
     (["--context", ""], "--context is"),
     (["--new-tokens", "1"], "--new-tokens is 1; allowed: 2 or more"),
     (["--context", "1024"], "--context 1024 and --new-tokens 32 exceed the 1024 positions"),
-    (["--quant", "int3"], "'int3'; allowed: int4"),
+    (["--quant", "int3"], "bench: --quant is 'int3'; allowed: int4"),
     (["--device", "auto"], "--device is auto; allowed: cpu, cuda"),
     (["--compile", "--device", "cpu"], "--compile needs a GPU"),
     (["--json", "/no/such/folder/out.json"], "/no/such/folder is no folder"),

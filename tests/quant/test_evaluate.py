@@ -88,7 +88,7 @@ def test_a_new_process_generates_with_what_was_saved(tmp_path):
 
 
 WRONG = [
-    (["evaluate", "--quant", "int3"], "format is 'int3'; allowed: int4"),
+    (["evaluate", "--quant", "int3"], "evaluate: --quant is 'int3'; allowed: int4"),
     (["evaluate", "--windows", "0"], "--windows is 0; allowed: 1 or more"),
     (["evaluate", "--text", "/no/such/file"], "--text is /no/such/file, which cannot be read"),
     (["evaluate", "/no/such/model", "--device", "cpu"], "/no/such/model"),
