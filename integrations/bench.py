@@ -21,7 +21,7 @@ from transformers.utils import logging
 import ftops
 from ftops.integrations.demo.load import EMBEDDED, load_causal_lm
 from ftops.integrations.evaluate import check_formats, library_text, weight_bytes
-from ftops.integrations.transformers.decoder import forget, unfit
+from ftops.integrations.transformers.decoder import forget, positions_of, unfit
 from ftops.progress import bar
 from ftops.timing import order
 
@@ -98,7 +98,7 @@ def bench(model: str | Path | None = None, *, batches: list[int], contexts: list
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     theirs, tokenizer = load_causal_lm(model or EMBEDDED, device=device, dtype=dtype, asked=("bench", "MODEL"), original=True)
-    longest = getattr(theirs.config.get_text_config(), "max_position_embeddings", None)
+    longest = positions_of(theirs)
     if longest and max(contexts) + new_tokens > longest:
         raise ValueError(f"bench: --context {max(contexts)} and --new-tokens {new_tokens} exceed the {longest} positions of this model; "
                          "shorten one of them")

@@ -17,6 +17,7 @@ from transformers.utils import logging
 import ftops
 from ftops.integrations.demo.corpus import is_held_out
 from ftops.integrations.demo.load import EMBEDDED, load_causal_lm
+from ftops.integrations.transformers.decoder import positions_of
 from ftops.progress import track
 from ftops.quant import FORMATS
 
@@ -113,8 +114,7 @@ def _text(file: str | Path | None) -> str:
 
 def _windows(tokens: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
     """Consecutive windows [n, length] of tokens[T]; of a short text its only, shorter one."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    length = min(LENGTH, longest, len(tokens))
+    length = min(LENGTH, positions_of(model) or LENGTH, len(tokens))
     if length < 2:
         raise ValueError(f"evaluate: --text has {len(tokens)} tokens; allowed: 2 or more")
     return tokens[: len(tokens) // length * length].view(-1, length)

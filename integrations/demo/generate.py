@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 import ftops
 from ftops.integrations.demo.load import EMBEDDED, load_causal_lm
+from ftops.integrations.transformers.decoder import positions_of
 from ftops.progress import bar
 
 
@@ -46,7 +47,7 @@ def generate(prompt: str, *, model: str | None = None, max_new_tokens: int = 128
     network, tokenizer = load_causal_lm(model or EMBEDDED, dtype=dtype, device=device)
     inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
     length = inputs.input_ids.shape[1]
-    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    longest = positions_of(network)
     if not length:
         raise ValueError("generate: --prompt is empty, and this model's tokenizer adds no first token; pass some text")
     if longest and length + max_new_tokens > longest:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ftops.generation import Options
 from ftops.generation.options import parse
-from ftops.integrations.transformers.decoder import unfit
+from ftops.integrations.transformers.decoder import positions_of, unfit
 
 
 def checked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any], *,
@@ -42,7 +42,7 @@ def checked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None
 
 
 def check_length(model: PreTrainedModel, ids: torch.Tensor, options: Options) -> None:
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = positions_of(model)
     if longest and ids.shape[1] + most(options) > longest:
         raise ValueError(f"generate: input_ids of {ids.shape[1]} tokens and max_new_tokens {most(options)} exceed the {longest} positions "
                          f"of this {type(model).__name__}; shorten one of them")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ftops.generation import Generated, Loop, Session, Stream
 from ftops.integrations.transformers.checks import checked, most
-from ftops.integrations.transformers.decoder import CausalDecoder, fingerprint, unfit
+from ftops.integrations.transformers.decoder import CausalDecoder, fingerprint, positions_of, unfit
 
 CAPACITY = 4096  # tokens a row, if nothing is said and the model allows them
 
@@ -27,7 +27,7 @@ class Conversation:
         reason = unfit(model, stays=True)
         if reason is not None:
             raise ValueError(f"conversation: {type(model).__name__} cannot be served: {reason}")
-        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        longest = positions_of(model)
         capacity = min(longest or CAPACITY, CAPACITY) if capacity is None else capacity
         for name, value, low, high in (("batch", batch, 1, None), ("capacity", capacity, 2, longest)):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= (high or value):

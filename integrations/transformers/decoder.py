@@ -158,6 +158,11 @@ def _watched(module: torch.nn.Module) -> bool:
     return "_hf_hook" in module.__dict__ or any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """The most tokens of one sequence, prompt and answer, that a decoder has positions for, or None if there is no such number."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def unfit(model: object, stays: bool = False) -> str | None:
     """Why the loop cannot run this model, or not over a cache that `stays` whatever the device, or None."""
     if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:

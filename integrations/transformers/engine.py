@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ftops import engine
 from ftops.engine import Handle
 from ftops.generation.options import Options, parse
-from ftops.integrations.transformers.decoder import cache_dtype, fixed, unfit
+from ftops.integrations.transformers.decoder import cache_dtype, fixed, positions_of, unfit
 from ftops.integrations.transformers.layer import FusedLayer
 from ftops.integrations.transformers.pool import PooledDecoder
 
@@ -38,7 +38,7 @@ class Engine(engine.Engine):
                             ("cache_tokens", cache_tokens), ("max_waiting", max_waiting)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"Engine: {name} is {value!r}; allowed: 1 or more")
-        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        longest = positions_of(model)
         if max_length is None:
             max_length = min(longest or LONGEST, LONGEST)
         elif longest and max_length > longest:
