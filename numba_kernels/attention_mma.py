@@ -214,7 +214,7 @@ _SPILLS = 64
 
 def spec(config: Config) -> Spec:
     return Spec(make, config, SIGNATURE, threads=32 * config.warps, shared_bytes=config.shared_bytes, min_blocks=config.blocks,
-                spills=_SPILLS if config.head_dim == 128 and not config.extras else 0, unless="sm_90a", halves=True)
+                spills=_SPILLS if config.head_dim == 128 and not config.extras else 0, halves=True)
 
 
 def variants() -> Iterator[Spec]:

@@ -36,7 +36,6 @@ class Spec:
     dependent: programmatic dependent launch, where the GPU has it (sm_90 and up): the kernel may start before the one before it has ended,
     and calls `ptx.wait_for_primary` before it touches what others write.
     spills: bytes of spills that are known, and why beside the Config. only: the one architecture whose instructions it uses, or None.
-    unless: the one architecture on which another kernel does the same, or None.
     halves: float16 and bfloat16 differ in instructions of ptx.py alone, and in nothing that `make` would have to know: it is given a Config
     of dtype "16-bit", and what it returns is made into both.
     """
@@ -51,7 +50,6 @@ class Spec:
     dependent: bool = False
     spills: int = 0
     only: str | None = None
-    unless: str | None = None
     halves: bool = False
 
     @property
@@ -60,7 +58,7 @@ class Spec:
         return replace(self, config=replace(self.config, dtype="16-bit")) if self.halves and self.config.dtype != "float32" else self
 
     def serves(self, arch: str) -> bool:
-        return self.only in (None, arch) and self.unless != arch
+        return self.only in (None, arch)
 
     @property
     def name(self) -> str:
