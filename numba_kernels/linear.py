@@ -22,13 +22,12 @@ from ftops.numba_kernels import ptx, tuned
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.linear_dequantise import make_rows
-from ftops.numba_kernels.linear_tile import STAGE_K, X_ROW_BYTES, aligned_x, form_of, make_finish, make_x, spread
-from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
+from ftops.numba_kernels.linear_tile import STAGE_K, X_ROW_BYTES, added, aligned_x, form_of, kind_of, make_finish, make_x, spread
+from ftops.numba_kernels.rows import DTYPE_NAME
 
 TILE_ROWS = 16  # of W a block takes at a time
 GATED_ROWS = 16  # gate and up together are a multiple of this
 PIECE_BYTES = 64  # of a row that the four lanes t of a fragment load at once
-KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 RESIDENT_WARPS = 16  # of a multiprocessor, by registers
 BATCHES = {"16-bit": (8, 16), "int8": (8, 16, 32), "e4m3": (8, 16, 32)}
 TUNED = (4, 2), (4, 3), (4, 4), (8, 2), (2, 4)  # warps and stages that `ftops tune` measures where a block has the memory
@@ -253,7 +252,7 @@ def serves(x: torch.Tensor, weight: torch.Tensor, max_rows: int | None) -> bool:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _takes(kind: torch.dtype, dtype: torch.dtype, shape: tuple[int, int], rows: int, max_rows: int, device: int) -> bool:
-    problem = tuned.problem(tuned.op_of(KINDS.get(kind, "16-bit")), dtype, *shape)
+    problem = tuned.problem(tuned.op_of(kind_of(kind)), dtype, *shape)
     return tuned.takes("linear", problem, rows, rows <= max_rows, device)
 
 
@@ -276,16 +275,9 @@ def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, b
     half = N // 2 if gated else 0
     out = x.new_empty((*x.shape[:-1], half or N))
     x, x_stride, K = aligned_x(x, rows)
-    bias_at = scale_at = residual_at = residual_stride = 0
-    if scales is not None:
-        scale_at = scales.data_ptr()
-    if bias is not None:
-        bias = bias.contiguous()
-        bias_at = bias.data_ptr()
-    if residual is not None:
-        residual, residual_stride = rows_of(residual)
-        residual_at = residual.data_ptr()
-    kernel, blocks_x, blocks = _kernel(KINDS.get(weight.dtype, "16-bit"), x.dtype, rows, N, width, x.device.index, config)
+    scale_at = 0 if scales is None else scales.data_ptr()
+    bias_at, residual_at, residual_stride, _held = added(bias, residual)
+    kernel, blocks_x, blocks = _kernel(kind_of(weight.dtype), x.dtype, rows, N, width, x.device.index, config)
     kernel(blocks_x, blocks, 1, x.data_ptr(), weight.data_ptr(), scale_at, bias_at, residual_at, out.data_ptr(), x_stride, weight.stride(0),
            residual_stride, rows, N, K, width, half, *form_of(activation))
     return out

@@ -10,16 +10,14 @@ from ftops.numba_kernels import tuned
 from ftops.numba_kernels.launch import Kernel, capability, load, multiprocessors
 from ftops.numba_kernels.linear_sm90 import spec
 from ftops.numba_kernels.linear_sm90_config import CHUNK, COLUMNS, FEATURES, FROM_ROWS, Config, pick, splits_of, tiles_of
-from ftops.numba_kernels.linear_tile import aligned_x, form_of
-from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
+from ftops.numba_kernels.linear_tile import added, aligned_x, form_of, kind_of
+from ftops.numba_kernels.rows import DTYPE_NAME
 from ftops.numba_kernels.tma import tiles
-
-KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether this kernel is taken for x[..., K] and weight[N, width]: it was the fastest, or, unmeasured, from FROM_ROWS rows on."""
-    kind = KINDS.get(weight.dtype, "16-bit")
+    kind = kind_of(weight.dtype)
     return _wanted(kind, 0, x, weight.shape) and can_serve(x, weight)
 
 
@@ -81,7 +79,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, b
         w_map = tiles(weight.data_ptr(), weight.dtype, (width, N), (weight.stride(0),), (config.depth, FEATURES))
         return w_map, w_map, scale_at, 0, 0
 
-    return _start((KINDS.get(weight.dtype, "16-bit"), 0, width), x, N, stored, bias, activation, residual, picked)
+    return _start((kind_of(weight.dtype), 0, width), x, N, stored, bias, activation, residual, picked)
 
 
 def launch_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None,
@@ -108,15 +106,8 @@ def _start(weight: tuple[str, int, int], x: torch.Tensor, N: int, stored: Callab
     rows, device = x.numel() // x.shape[-1], x.device.index
     out = x.new_empty((*x.shape[:-1], N))
     x, x_stride, K = aligned_x(x, rows)
-    wide = not N % 4
-    bias_at = residual_at = residual_stride = 0
-    if bias is not None:
-        bias = bias.contiguous()
-        bias_at = bias.data_ptr()
-    if residual is not None:
-        residual, residual_stride = rows_of(residual)
-        residual_at = residual.data_ptr()
-        wide = wide and not (residual_stride % 4 or residual_at % 8)
+    bias_at, residual_at, residual_stride, _held = added(bias, residual)
+    wide = not (N % 4 or residual_stride % 4 or residual_at % 8)
     config, splits = picked or _picked(*weight[:2], x.dtype, rows, N, weight[2], K, device)
     of_features, of_rows = tiles_of(config, rows, N)
     blocks = of_features * of_rows * splits if splits > 1 else min(of_features * of_rows, multiprocessors(device))

@@ -24,11 +24,29 @@ from ftops.numba_kernels.rows import rows_of
 STAGE_K = 128  # values of k a stage of a warp
 X_ROW_BYTES = 2 * STAGE_K
 NO_FORM = (-1, 0.0, 0.0)
+_KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """What the kernels call weights of `dtype` that lie row by row."""
+    return _KINDS.get(dtype, "16-bit")
 
 
 def form_of(activation: str | None) -> tuple[int, float, float]:
     """The last three arguments of a kernel of linear."""
     return NO_FORM if activation is None else FORMS[activation]
+
+
+def added(bias: torch.Tensor | None, residual: torch.Tensor | None) -> tuple[int, int, int, tuple[torch.Tensor | None, ...]]:
+    """Addresses of bias and residual and elements between the latter's rows, 0 where there is none; tensors to hold until the launch."""
+    bias_at = residual_at = stride = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_at = bias.data_ptr()
+    if residual is not None:
+        residual, stride = rows_of(residual)
+        residual_at = residual.data_ptr()
+    return bias_at, residual_at, stride, (bias, residual)
 
 
 def aligned_x(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, int, int]:

@@ -19,8 +19,8 @@ from ftops.numba_kernels import ptx, tuned
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.linear_dequantise import ONE, ZERO, make_int4, subtracts
-from ftops.numba_kernels.linear_tile import X_ROW_BYTES, aligned_x, form_of, make_finish, make_x, spread
-from ftops.numba_kernels.rows import DTYPE_NAME, rows_of
+from ftops.numba_kernels.linear_tile import X_ROW_BYTES, added, aligned_x, form_of, make_finish, make_x, spread
+from ftops.numba_kernels.rows import DTYPE_NAME
 
 TILE_ROWS, PIECE_K, PIECES = 32, 32, 4  # rows of W a block; values of k a piece, pieces a stage of a warp: four accesses of a lane
 GATED_ROWS = 2 * TILE_ROWS  # gate and up together are a multiple of this
@@ -309,7 +309,7 @@ def _kernel(dtype: torch.dtype, rows: int, features: int, K: int, group_size: in
 
 
 def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
-           residual: torch.Tensor | None, config: Config | None = None, gated: bool = False) -> torch.Tensor:
+           residual: torch.Tensor | None, gated: bool = False, config: Config | None = None) -> torch.Tensor:
     """packed [tiles, pieces, 32, 4]; scales [tiles, groups, 8, 4], or [..., 2] with zero points. config: in place of what is picked.
 
     gated: features a multiple of GATED_ROWS, and the result half of them.
@@ -319,13 +319,7 @@ def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features
     half = tiles // 2 if gated else 0
     out = x.new_empty((*x.shape[:-1], features // 2 if gated else features))
     x, x_stride, K = aligned_x(x, rows)
-    bias_at = residual_at = residual_stride = 0
-    if bias is not None:
-        bias = bias.contiguous()
-        bias_at = bias.data_ptr()
-    if residual is not None:
-        residual, residual_stride = rows_of(residual)
-        residual_at = residual.data_ptr()
+    bias_at, residual_at, residual_stride, _held = added(bias, residual)
     group_pieces = count // scales.shape[1]
     kernel, blocks_x, blocks = _kernel(x.dtype, rows, features, columns, PIECE_K * group_pieces, x.device.index, config)
     kernel(blocks_x, blocks, 1, x.data_ptr(), packed.data_ptr(), scales.data_ptr(), bias_at, residual_at, out.data_ptr(), x_stride,

@@ -83,7 +83,8 @@ def _of_rows(op: str, x: torch.Tensor, weight: torch.Tensor, library: Run | None
     from ftops.numba_kernels import linear as kernel
     from ftops.numba_kernels import linear_sm90_launch as hopper
     from ftops.numba_kernels import tuned
-    most, kind = op_module(op).MAX_ROWS, kernel.KINDS.get(weight.dtype, "16-bit")
+    from ftops.numba_kernels.linear_tile import kind_of
+    most, kind = op_module(op).MAX_ROWS, kind_of(weight.dtype)
     few: dict[str, Run] = {}
     many: dict[str, Run] = {}
     if len(x) <= FAR * most and kernel.serves(x, weight, None):
