@@ -17,6 +17,7 @@ import torch
 from bench import method
 from bench.record import OURS, Ceilings, Record, commit, figures, save, today
 from bench.render import cell, duration, told
+from ftops import timing
 from ftops.machine import machine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,25 +41,25 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def stopwatch(device: torch.device) -> method.Stopwatch:
-    return method.Stopwatch(device)
+def stopwatch(device: torch.device) -> timing.Stopwatch:
+    return timing.Stopwatch(device)
 
 
 @pytest.fixture(scope="session")
-def ceilings(device: torch.device, stopwatch: method.Stopwatch, request: pytest.FixtureRequest) -> Ceilings:
+def ceilings(device: torch.device, stopwatch: timing.Stopwatch, request: pytest.FixtureRequest) -> Ceilings:
     """What this device does at best, measured now: nothing is compared with a data sheet."""
     count, size, dtype = (2 ** 28, 8192, torch.bfloat16) if device.type == "cuda" else (2 ** 23, 512, torch.float32)
     source = torch.randn(count, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     # By kernels: copy_ is a DMA transfer, which is a third slower on an H200.
-    sides = [method.Side("copy", lambda _: torch.neg(source, out=target)), method.Side("read", lambda _: source.amax()),
-             method.Side("matmul", lambda _: torch.matmul(a, b))]
+    sides = [timing.Side("copy", lambda _: torch.neg(source, out=target)), timing.Side("read", lambda _: source.amax()),
+             timing.Side("matmul", lambda _: torch.matmul(a, b))]
     for side in sides:
-        method.prepare(side, [None], device)
+        timing.prepare(side, [None], device)
     for turn in range(9):
         method.one_round(sides, turn, 1, stopwatch)
-    copy, read, matmul = (method.median(side) for side in sides)
+    copy, read, matmul = (timing.median(side) for side in sides)
     request.config.stash[CEILINGS] = Ceilings(8 * count / copy, 4 * count / read, 2 * size ** 3 / matmul)
     return request.config.stash[CEILINGS]
 
@@ -81,16 +82,16 @@ def keep(request: pytest.FixtureRequest, benchmark: Any, ceilings: Ceilings) -> 
 
 @pytest.fixture
 def measure(benchmark: Any, keep: Callable[[Record], None], device: torch.device,
-            stopwatch: method.Stopwatch) -> Callable[..., Record]:
+            stopwatch: timing.Stopwatch) -> Callable[..., Record]:
     """Warms up, measures and keeps sides that were found right, ours first; a peer that cannot run here is kept as missing."""
-    def run(record: Record, sides: list[method.Side], inputs: list[Any]) -> Record:
+    def run(record: Record, sides: list[timing.Side], inputs: list[Any]) -> Record:
         running = [side for side in sides if side.missing is None]
         for side in running:
-            method.prepare(side, inputs, device)
-        record.rounds = method.rounds_for(running, stopwatch)
+            timing.prepare(side, inputs, device)
+        record.rounds = timing.rounds_for(running, stopwatch)
         turns = iter(range(record.rounds))
         benchmark.pedantic(lambda: method.one_round(running, next(turns), len(inputs), stopwatch), rounds=record.rounds)
-        record.seconds = {side.name: method.median(side) for side in running}
+        record.seconds = {side.name: timing.median(side) for side in running}
         record.errors = {side.name: side.error for side in running if side.error is not None}
         record.missing = {side.name: side.missing for side in sides if side.missing is not None}
         record.timed = sides[0].timed

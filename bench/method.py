@@ -3,11 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ftops.timing import COPIES, L2_BYTES, ROUNDS, Side, Stopwatch, allowed_error, copies_for, error, median, order, prepare, rounds_for
-from ftops.timing import one_round as timed_round
-
-__all__ = ["CLOCK", "COPIES", "L2_BYTES", "ROUNDS", "Side", "Stopwatch", "allowed_error", "copies_for", "error", "median", "one_round",
-           "order", "prepare", "rounds_for"]
+from ftops import timing
 
 
 class Clock:
@@ -23,7 +19,7 @@ class Clock:
 CLOCK = Clock()
 
 
-def one_round(sides: Sequence[Side], turn: int, calls: int, stopwatch: Stopwatch) -> None:
+def one_round(sides: Sequence[timing.Side], turn: int, calls: int, stopwatch: timing.Stopwatch) -> None:
     """Adds one measurement to every side, and the first side's to the clock."""
-    timed_round(sides, turn, calls, stopwatch)
+    timing.one_round(sides, turn, calls, stopwatch)
     CLOCK.seconds += sides[0].seconds[-1]

@@ -15,9 +15,8 @@ import ftops
 from bench.method import CLOCK
 from bench.problem import small_sizes
 from bench.record import OURS, Record
-from bench.test_models import embedded, gptj_6b, llama_8b
+from bench.test_models import embedded, gptj_6b, llama_8b, step_bytes
 from ftops.integrations.bench import timed, twin
-from ftops.integrations.evaluate import weight_bytes
 from ftops.integrations.transformers.decoder import forget
 
 HF = "Hugging Face"
@@ -85,10 +84,4 @@ def test_step(batch: int, context: int, theirs: tuple[str, PreTrainedModel], our
     cache = 2 * batch * (context + NEW // 2) * heads * (config.hidden_size // config.num_attention_heads) * config.num_hidden_layers
     keep(Record("generation", f"{name}, {quant or str(original.dtype)[6:]}, a step", f"{batch} x {context}",
                 {side: statistics.median(taken) for side, taken in seconds.items()},
-                bytes=weight_bytes(model) - _unread(model) + cache * original.dtype.itemsize, timed="host clock", rounds=ROUNDS))
-
-
-def _unread(model: PreTrainedModel) -> int:
-    """Bytes of the table of tokens, of which a step looks up a few rows; it is read whole where it is the head as well."""
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return 0 if table is head else table.numel() * table.element_size()
+                bytes=step_bytes(model) + cache * original.dtype.itemsize, timed="host clock", rounds=ROUNDS))

@@ -22,6 +22,7 @@ from bench.method import CLOCK
 from bench.problem import small_sizes
 from bench.record import OURS, Record
 from ftops.integrations.demo.load import load_causal_lm
+from ftops.integrations.evaluate import weight_bytes
 
 HF, COMPILED, OURS_COMPILED = "Hugging Face", "Hugging Face, static cache + compile", "ftops, static cache + compile"
 PROMPT, FEW, MANY, CAPACITY = (128, 4, 36, 192) if not small_sizes() else (16, 2, 10, 64)
@@ -66,6 +67,12 @@ def _random(auto: type, config: transformers.PreTrainedConfig) -> PreTrainedMode
         return auto.from_config(config, dtype=torch.float32 if small_sizes() else torch.bfloat16).eval()
 
 
+def step_bytes(model: PreTrainedModel) -> int:
+    """Of the weights that a step must read: all but the rows of the table of tokens that it does not look up."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    return weight_bytes(model) - (0 if head is not None and head.weight is table else table.nbytes)
+
+
 @dataclass
 class Pair:
     """A model, and a copy of it that is patched."""
@@ -73,13 +80,6 @@ class Pair:
     name: str
     theirs: PreTrainedModel
     ours: PreTrainedModel
-
-    def read_bytes(self) -> int:
-        """Weights that a step must read: all but the rows of the table of tokens that it does not look up."""
-        table = self.theirs.get_input_embeddings().weight
-        head = self.theirs.get_output_embeddings()
-        tied = head is not None and head.weight is table
-        return sum(p.numel() * p.element_size() for p in self.theirs.parameters()) - (0 if tied else table.numel() * table.element_size())
 
     def check(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
         """Relative errors of the logits of two rows, against the model in a wider dtype; asserts that ours is not twice Hugging Face's."""
@@ -171,7 +171,7 @@ def test_decode(batch: int, decoder: Pair, keep: Callable[[Record], None], bench
         if batch == 1:  # a minute of compiling
             sides[OURS_COMPILED] = step(decoder.ours, True)
     seconds = _interleaved(benchmark, sides, ROUNDS)
-    keep(Record("models", "decode, a step", f"{decoder.name}, batch {batch}", seconds, errors=errors, bytes=decoder.read_bytes(),
+    keep(Record("models", "decode, a step", f"{decoder.name}, batch {batch}", seconds, errors=errors, bytes=step_bytes(decoder.theirs),
                 timed="host clock", rounds=ROUNDS))
 
 
@@ -203,5 +203,5 @@ def test_encode(batch: int, length: int, padded: bool, encoder: Pair, keep: Call
     config, tokens = encoder.theirs.config, int(mask.sum())
     attention = 4 * config.num_hidden_layers * config.hidden_size * float((mask.sum(1) ** 2).sum())
     name = f"{encoder.name}, {batch} x {length}" + (", half padding" if padded else "")
-    keep(Record("models", "encode", name, seconds, errors=errors, bytes=encoder.read_bytes(),
+    keep(Record("models", "encode", name, seconds, errors=errors, bytes=step_bytes(encoder.theirs),
                 flops=2 * weights * tokens + attention, timed="host clock", rounds=ROUNDS))

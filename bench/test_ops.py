@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from bench import attention_problems, linear_problems, row_problems
-from bench.method import CLOCK, Side, allowed_error, copies_for, error
+from bench.method import CLOCK
 from bench.problem import DTYPE, Problem, from_cases, nbytes
 from bench.record import OURS, Record
 from ftops.ops import OPS
+from ftops.timing import Side, allowed_error, copies_for, error
 
 SUITES = {"attention": attention_problems.PROBLEMS, "linear": linear_problems.PROBLEMS, "ops": row_problems.PROBLEMS}
 MEASURED = {problem.op for problems in SUITES.values() for problem in problems}

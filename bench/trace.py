@@ -14,9 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import ftops
 from bench.record import RESULTS, commit, slug, today
-from bench.test_generation import _unread
-from bench.test_models import llama_8b
-from ftops.integrations.evaluate import weight_bytes
+from bench.test_models import llama_8b, step_bytes
 from ftops.machine import machine
 
 WARM, STEPS = 8, 16  # of those the profiler sees the last; one runs ahead of what is read
@@ -70,7 +68,7 @@ def main() -> None:
         torch.cuda.synchronize(device)
     kernels = [(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in seen.events()
                if event.device_type == torch.autograd.DeviceType.CUDA]
-    bytes_read = weight_bytes(model) - _unread(model)
+    bytes_read = step_bytes(model)
     facts = machine(device)
     head = (f"A decode step of Llama-3.1-8B's shapes, random {given.quant or 'bfloat16'} weights, batch {given.batch}, behind "
             f"{given.context} tokens. {today()}, commit {commit()}, {facts['device']}, torch {facts['torch']}, driver {facts['driver']}. "

@@ -4,21 +4,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import attention_problems, method, row_problems
-from bench.method import CLOCK, Side, allowed_error, copies_for, error, one_round, order
+from bench import attention_problems, row_problems
+from bench.method import CLOCK, one_round
 from bench.problem import from_cases
 from bench.record import OURS
 from bench.test_ops import PROBLEMS as BY_SUITE
 from bench.test_ops import check
+from ftops import timing
 from ftops.ops import OPS
+from ftops.timing import Side, allowed_error, copies_for, error, order
 
 PROBLEMS = [problem for _, problem in BY_SUITE]
 
 
 def test_inputs_outgrow_the_cache_or_are_many():
     assert copies_for(moved=1e9, held=1e9) == 2
-    assert copies_for(moved=10e6, held=10e6) * 10e6 >= 2 * method.L2_BYTES
-    assert copies_for(moved=8e3, held=8e3) == method.COPIES[1]
+    assert copies_for(moved=10e6, held=10e6) * 10e6 >= 2 * timing.L2_BYTES
+    assert copies_for(moved=8e3, held=8e3) == timing.COPIES[1]
     assert copies_for(moved=8e3, held=1e9) == 8  # a small part of a large cache: memory is what there is
     assert copies_for(moved=1e11, held=1e11) == 1
 
@@ -43,15 +45,15 @@ def test_a_round_measures_each_side_once_and_advances_the_clock_by_ours():
 def test_every_call_runs_on_inputs_of_its_own():
     seen: list[int] = []
     side = Side("a", seen.append)
-    method.prepare(side, [1, 2, 3], torch.device("cpu"))
+    timing.prepare(side, [1, 2, 3], torch.device("cpu"))
     side.replay()
     assert seen == [1, 2, 3]
 
 
 def test_rounds_fit_the_time_there_is():
     slow, quick = (lambda seconds: lambda replays: [seconds for _ in replays])(1.0), lambda replays: [1e-6 for _ in replays]
-    assert method.rounds_for([Side("a", print)], slow) == method.ROUNDS[0]
-    assert method.rounds_for([Side("a", print)], quick) == method.ROUNDS[1]
+    assert timing.rounds_for([Side("a", print)], slow) == timing.ROUNDS[0]
+    assert timing.rounds_for([Side("a", print)], quick) == timing.ROUNDS[1]
 
 
 def test_error_does_not_overlook_nan():
