@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from ftops.generation import BeamOptions, Beams, BeamSession, Generated, Loop, Options
 from ftops.integrations.transformers.cache import PagedLayer
-from ftops.integrations.transformers.checks import checked, most
+from ftops.integrations.transformers.checks import checked, is_whole, most
 from ftops.integrations.transformers.decoder import CausalDecoder, cache_dtype, narrow, session, unfit
 from ftops.integrations.transformers.layer import FusedLayer
 from ftops.progress import track
@@ -83,9 +83,9 @@ def generate_beams(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor
                    early_stopping: bool | str = False, beam_diversity_rate: float = 0.0) -> torch.Tensor:
     """`ftops.generate` with num_beams; `options` are the others, of a request."""
     for name, value, allowed, right in (
-            ("num_beams", num_beams, "an integer of 2 or more", _whole(num_beams) and num_beams > 1),
+            ("num_beams", num_beams, "an integer of 2 or more", is_whole(num_beams, 2)),
             ("num_return_sequences", num_return_sequences, f"1 to {num_beams}, num_beams",
-             _whole(num_return_sequences) and 1 <= num_return_sequences <= num_beams),
+             is_whole(num_return_sequences, 1, num_beams)),
             ("length_penalty", length_penalty, "a finite number", _finite(length_penalty)),
             ("beam_diversity_rate", beam_diversity_rate, "a finite number", _finite(beam_diversity_rate)),
             ("early_stopping", early_stopping, "True, False, 'never'", isinstance(early_stopping, bool) or early_stopping == "never")):
@@ -104,10 +104,6 @@ def generate_beams(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor
                       num_return_sequences, parsed.pad_token_id or 0, ids.repeat_interleave(num_beams, 0),
                       None if mask is None else mask.repeat_interleave(num_beams, 0), progress=progress)
     return found.sequences
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _finite(value: object) -> bool:

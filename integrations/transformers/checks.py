@@ -50,3 +50,8 @@ def check_length(model: PreTrainedModel, ids: torch.Tensor, options: Options) ->
 
 def most(options: Options) -> int:
     return int(options.max_new_tokens.max()) if isinstance(options.max_new_tokens, torch.Tensor) else options.max_new_tokens
+
+
+def is_whole(value: object, low: int, high: int | None = None) -> bool:
+    """Whether it is an integer of low to high, or without an end; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= (value if high is None else high)

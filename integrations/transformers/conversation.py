@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ftops.generation import Generated, Loop, Session, Stream
-from ftops.integrations.transformers.checks import checked, most
+from ftops.integrations.transformers.checks import checked, is_whole, most
 from ftops.integrations.transformers.decoder import CausalDecoder, fingerprint, positions_of, unfit
 
 CAPACITY = 4096  # tokens a row, if nothing is said and the model allows them
@@ -30,7 +30,7 @@ class Conversation:
         longest = positions_of(model)
         capacity = min(longest or CAPACITY, CAPACITY) if capacity is None else capacity
         for name, value, low, high in (("batch", batch, 1, None), ("capacity", capacity, 2, longest)):
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= (high or value):
+            if not is_whole(value, low, high):
                 raise ValueError(f"conversation: {name} is {value!r}; allowed: {low} " + (f"to {high}, the positions of this model" if high
                                                                                          else "or more"))
         self._model, self.batch, self.capacity = model, batch, capacity

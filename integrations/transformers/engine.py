@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ftops import engine
 from ftops.engine import Handle
 from ftops.generation.options import Options, parse
+from ftops.integrations.transformers.checks import is_whole
 from ftops.integrations.transformers.decoder import cache_dtype, fixed, positions_of, unfit
 from ftops.integrations.transformers.layer import FusedLayer
 from ftops.integrations.transformers.pool import PooledDecoder
@@ -36,7 +37,7 @@ class Engine(engine.Engine):
             raise ValueError(f"Engine: {type(model).__name__} cannot be served: {reason}")
         for name, value in (("max_requests", max_requests), ("page_size", page_size), ("chunk", chunk), ("max_length", max_length),
                             ("cache_tokens", cache_tokens), ("max_waiting", max_waiting)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and not is_whole(value, 1):
                 raise ValueError(f"Engine: {name} is {value!r}; allowed: 1 or more")
         longest = positions_of(model)
         if max_length is None:
