@@ -50,7 +50,7 @@ def test_family(family, device, dtype, read):
     for ids, mask in turns(device, 12, 3, 20):
         follows(model, chat, ids, mask, max_new_tokens=6)
     assert ftops.report(model).fallbacks == 0
-    fresh, counts = ftops.conversation(model, 3, capacity=100), read(model)
+    counts, fresh = read(model), ftops.conversation(model, 3, capacity=100)
     for ids, mask in turns(device, 12, 3, 20):
         fresh.generate(ids, mask, max_new_tokens=6)
     assert counts == [12, 4, 21]
