@@ -41,12 +41,13 @@ def _joined(split: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 def pack_4bit(values: torch.Tensor, group_size: int) -> torch.Tensor:
     """uint8 values 0 .. 15 [N, K] -> int32 [tiles, pieces, 32, 4]; K is filled up to whole groups with 8."""
     split = _split(_padded(values, group_size, 8)).permute(0, 4, 3, 5, 1, 6, 2, 7, 8)  # tiles, pieces, g, t, i, s | h, c, e
-    words = torch.zeros(split.shape[:6], dtype=torch.int32, device=values.device)
+    packed = torch.zeros((*split.shape[:2], 32, 4), dtype=torch.int32, device=values.device)
+    words = packed.view(split.shape[:6])  # not the other way round: a view would keep what it is of, also once it has other `data`
     for h in range(2):
         for c in range(2):
             for e in range(2):
                 words |= split[..., h, c, e].to(torch.int32) << (4 * (2 * c + h) + 16 * e)
-    return words.reshape(*split.shape[:2], 32, 4)
+    return packed
 
 
 def unpack_4bit(words: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

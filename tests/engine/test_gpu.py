@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 def test_every_answer_is_its_lone_answer(rows):
     """In buckets of every size, with requests that are cancelled, put back and share pages, and graphs that go on from round to round."""
     model, requests, chance = small("cuda"), mixed(REQUESTS, seed=5), random.Random(5)
-    with ftops.Engine(model, max_requests=rows, max_waiting=REQUESTS, cache_tokens=16 * rows + 60, page_size=2, chunk=64) as engine:
+    with ftops.Engine(model, max_requests=rows, max_waiting=REQUESTS, cache_tokens=8 * rows + 52, page_size=2, chunk=64) as engine:
         for _ in range(2):
             handles = [engine.submit(prompt, **options) for prompt, options in requests]
             for number in sorted(chance.sample(range(REQUESTS), REQUESTS // 4)):
@@ -68,8 +68,10 @@ def test_another_thread_may_use_the_gpu_meanwhile():
 def test_close_gives_the_memory_back():
     model = small("cuda")
     torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
     before = torch.cuda.memory_allocated()
     with ftops.Engine(model, cache_tokens=1 << 16) as engine:
         engine.submit([3, 4, 5], max_new_tokens=20).result(60)
         assert torch.cuda.memory_allocated() > before + (1 << 24)
+    torch._C._cuda_clearCublasWorkspaces()  # 32 MiB a stream, which cuBLAS keeps for whoever comes next
     assert torch.cuda.memory_allocated() < before + (1 << 22)

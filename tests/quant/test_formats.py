@@ -127,6 +127,8 @@ def test_bits_a_weight(name):
     """What makes decoding fast: the bytes that are read."""
     qw = FORMATS[name].quantize(weight(256, 4096, torch.bfloat16))
     assert 8 * qw.nbytes / (256 * 4096) <= BITS[name]
+    # A view would hold memory that is counted nowhere, also after q, k and v have become slices of one weight.
+    assert not any(tensor._is_view() for tensor in qw.tensors.values())
 
 
 @pytest.mark.parametrize("name", FORMATS)
