@@ -2,21 +2,18 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterator
 
 import torch
 
 from ftops.numba_kernels.attention_common import address
 from ftops.numba_kernels.attention_sm90 import spec
 from ftops.numba_kernels.attention_sm90_config import HEAD_DIMS, is_short, pick
+from ftops.numba_kernels.counters import counters, reserve
 from ftops.numba_kernels.launch import Kernel, load, multiprocessors
 from ftops.numba_kernels.tma import tiles as tiles_of
 
 _SECTION_BYTES = 32 << 20  # keys and values that stay in an L2 of 50 MB while all their query rows pass
 _PADDED = [next(d for d in HEAD_DIMS if d >= dim) for dim in range(HEAD_DIMS[-1] + 1)]
-_COUNTERS: dict[tuple[int, int], torch.Tensor] = {}
-_STOCK: dict[int, tuple[torch.Tensor, Iterator[int]]] = {}
 
 
 def kernel(dtype: torch.dtype, dim: int, extras: bool, queries: int, keys: int, packed: bool, device: int) -> Kernel:
@@ -30,8 +27,7 @@ def kernel(dtype: torch.dtype, dim: int, extras: bool, queries: int, keys: int, 
 @functools.cache
 def loaded(dtype: torch.dtype, head_dim: int, extras: bool, short: bool, device: int) -> Kernel:
     kernel = load(spec(pick(str(dtype).removeprefix("torch."), head_dim, extras, short)), device)
-    if device not in _STOCK:
-        _STOCK[device] = torch.zeros(1 << 16, 2, dtype=torch.int32, device=f"cuda:{device}"), itertools.count()
+    reserve(device)
     return kernel
 
 
@@ -48,26 +44,11 @@ def start(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out
     blocks = min(multiprocessors(device), tiles * pairs)
     alike = (right >= keys or tiles == 1) and lengths is None and starts_q is None
     section = group if alike else min(pairs, group * max(1, _SECTION_BYTES // (2 * q.element_size() * keys * dim)))
-    counters = 0 if alike or blocks == tiles * pairs else _counters(device)
+    counted = 0 if alike or blocks == tiles * pairs else counters(device, 2)
     kernel(blocks, 1, 1, _map(q, config.rows, config.chunk), _map(k, config.keys, config.chunk), _map(v, config.keys, config.chunk),
-           out.data_ptr(), address(bias), address(alibi_slopes), address(lengths), address(starts_q), address(starts_kv), counters,
+           out.data_ptr(), address(bias), address(alibi_slopes), address(lengths), address(starts_q), address(starts_kv), counted,
            *map(address, scales), *bias_strides, queries, keys, heads, group, dim, batch, tiles,
            section, left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
-
-
-def _counters(device: int) -> int:
-    """Address of two zeros, which a launch leaves as zeros. The launches of one stream share a pair; a launch in a graph has its own, out
-    of a stock of zeros: those made in the graph would be a kernel more in each replay, of 2 us."""
-    if torch.cuda.is_current_stream_capturing():
-        stock, taken = _STOCK[device]
-        number = next(taken)
-        pair = stock[number] if number < len(stock) else torch.zeros(2, dtype=torch.int32, device=stock.device)
-        return pair.data_ptr()
-    key = device, torch._C._cuda_getCurrentRawStream(device)
-    pair = _COUNTERS.get(key)
-    if pair is None:
-        pair = _COUNTERS[key] = torch.zeros(2, dtype=torch.int32, device=f"cuda:{device}")
-    return pair.data_ptr()
 
 
 def _map(t: torch.Tensor, rows: int, columns: int) -> bytes:

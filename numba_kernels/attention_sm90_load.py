@@ -160,7 +160,7 @@ def make_produce(config: Config) -> Callable:
             turn = np.uint32(turn + np.uint32(1))
         # The last block to stop counting sets the counters back, for the launch that comes after this one in the stream.
         if lane == np.uint32(0) and counters_gl != np.uint64(0):
-            stopped = hopper.atomic_inc_u32(counters_gl + np.uint64(4), blocks - np.uint32(1))
+            stopped = ptx.atomic_inc_u32(counters_gl + np.uint64(4), blocks - np.uint32(1))
             if stopped == blocks - np.uint32(1):
                 ptx.st_global_32(counters_gl, np.uint32(0))
 

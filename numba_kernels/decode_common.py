@@ -1,4 +1,4 @@
-"""What the kernels of decode_attention share: their parameters, a block's range of keys, options of the score, and the result's rows."""
+"""What the kernels of decode_attention share: their parameters, a block's range of keys, and options of the score."""
 from __future__ import annotations
 
 import functools
@@ -10,7 +10,7 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.division import divide
 
-SIGNATURE = "pppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiiiii" + "llll" + "ff"
+SIGNATURE = "ppppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiiiiii" + "llll" + "ff"
 LOG2E = 1.4426950408889634
 GRID_Y = 32768  # a grid has at most 65535 blocks along y: the rest goes along z
 LOWEST = -1e29  # a finite bias, however low, keeps its key: a row of nothing but the dtype's minimum attends evenly
@@ -18,11 +18,12 @@ LOWEST = -1e29  # a finite bias, however low, keeps its key: a row of nothing bu
 
 @functools.cache
 def make_key_range(tile: int) -> Callable:
-    """key_range(...) -> (length, start, low, high): length within the capacity, first visible key, tiles of `split` from that key on.
+    """key_range(...) -> (length, start, low, high, used): length within the capacity, first visible key, tiles of `split` from that key on,
+    and how many splits have any, at least 1.
 
     A split has `fixed` tiles if that is not 0; else all have their even share of what this sequence has.
     """
-    none = np.int32(0)
+    none, one = np.int32(0), np.int32(1)
 
     @cuda.jit(device=True, forceinline=True)
     def key_range(length, capacity, new, window, split, splits, fixed):
@@ -31,7 +32,7 @@ def make_key_range(tile: int) -> Callable:
         tiles = np.int32(np.uint32(length - start + (tile - 1)) // tile)
         if fixed != none:
             low = np.int32(split * fixed)
-            return length, start, low, min(np.int32(low + fixed), tiles)
+            return length, start, low, min(np.int32(low + fixed), tiles), max(np.int32(ptx.div_u32(tiles + fixed - one, fixed)), one)
         each = np.int32(np.float32(tiles) * ptx.reciprocal(np.float32(splits)))  # a division by multiplication, mostly right
         rest = np.int32(tiles - each * splits)
         while rest < 0:
@@ -39,7 +40,7 @@ def make_key_range(tile: int) -> Callable:
         while rest >= splits:
             each, rest = np.int32(each + 1), np.int32(rest - splits)
         low = np.int32(split * each + min(split, rest))
-        return length, start, low, np.int32(low + each + (1 if split < rest else 0))
+        return length, start, low, np.int32(low + each + (1 if split < rest else 0)), max(min(tiles, splits), one)
 
     return key_range
 
@@ -80,41 +81,3 @@ def load_bias(row_gl, key, bias_key, kind):
         word = ptx.ld_written_16(row_gl + 2 * key * bias_key)
         added = ptx.f16_low(word) if kind == 1 else ptx.bf16_low(word)
     return added if added == np.float32(-np.inf) else ptx.maximum(added * np.float32(LOG2E), np.float32(LOWEST))
-
-
-@cuda.jit(device=True, forceinline=True)
-def store_four(out_gl, line, column, head_dim, a, b, c, d, kind):
-    """Four values of row `line` of an output of `kind` (0 float32, 1 float16, 2 bfloat16), or as many as head_dim leaves."""
-    at = line * head_dim + column
-    if head_dim & 3 != 0:
-        for i in range(min(4, head_dim - column)):
-            value = a if i == 0 else b if i == 1 else c if i == 2 else d
-            if kind == 0:
-                ptx.st_global_f32(out_gl + 4 * (at + i), value)
-            else:
-                ptx.st_global_16(out_gl + 2 * (at + i), ptx.f16_pair(value, value) if kind == 1 else ptx.bf16_pair(value, value))
-    elif kind == 0:
-        ptx.st_global_128(out_gl + 4 * at, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))
-    elif kind == 1:
-        ptx.st_global_64(out_gl + 2 * at, ptx.f16_pair(a, b), ptx.f16_pair(c, d))
-    else:
-        ptx.st_global_64(out_gl + 2 * at, ptx.bf16_pair(a, b), ptx.bf16_pair(c, d))
-
-
-@cuda.jit(device=True, forceinline=True)
-def store_result(a, b, c, d, highest, total, line, column, head_dim, split, splits, out_gl, partial_gl, lse_gl, kind):
-    """Four sums of row `line` with its maximum and total: the output if there is one split, else a partial result and its log2(sum exp).
-
-    Partial rows are head_dim floats, rounded up to 4. Where total is 0 nothing was seen: 0, or a log of -inf and no partial result.
-    """
-    inverse = np.float32(0) if total == np.float32(0) else ptx.reciprocal(total)
-    a, b, c, d = a * inverse, b * inverse, c * inverse, d * inverse
-    if splits == 1:
-        store_four(out_gl, line, column, head_dim, a, b, c, d, kind)
-    else:
-        line = line * splits + split
-        if column == 0:
-            ptx.st_global_f32(lse_gl + 4 * line, np.float32(-np.inf) if total == np.float32(0) else highest + ptx.log2(total))
-        if total != np.float32(0):
-            at = partial_gl + 4 * (line * ((head_dim + 3) & -4) + column)
-            ptx.st_global_128(at, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))

@@ -14,7 +14,8 @@ from numba import cuda
 
 from ftops.numba_kernels import decode_tile, ptx
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of, store_result
+from ftops.numba_kernels.decode_combine import make_combine, store_result
+from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of
 from ftops.numba_kernels.decode_tile import KEYS, NOTHING, Config, lookup
 
 # By cache, how many rows a block may take at each head dim. 8-bit caches at 32 and 160 take the next one, whose further elements are not
@@ -49,18 +50,19 @@ def make(config: Config) -> Callable:
     xor_4, xor_8, xor_16 = (ptx.shuffle_xor[n] for n in (4, 8, 16))
     key_range, stage_q, copy_keys = make_key_range(tile_keys), decode_tile.make_stage_q(config), decode_tile.make_copy_keys(row_bytes)
     scores, outputs = decode_tile.make_scores(config, chains), decode_tile.make_outputs(config)
-    softmax = decode_tile.make_softmax(config.dtype, config.head_dim, config.rows)
+    softmax, combine = decode_tile.make_softmax(config.dtype, config.head_dim, config.rows), make_combine(threads, head_dim_quarter)
 
     def decode_mma(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
-                   q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head, v_page, v_slot,
-                   v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window, kinds, fixed,
-                   per_page, per_row_tile, per_kv_head, per_group, scale, cap):
+                   counters_gl, q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head,
+                   v_page, v_slot, v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, tree, window,
+                   kinds, fixed, per_page, per_row_tile, per_kv_head, per_group, scale, cap):
         shared_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
         g, t = lane >> 2, lane & 3
         batch, kv_head, row_tile, split = block_of(row_tiles, kv_heads, per_row_tile, per_kv_head)
-        if (batch * kv_heads + kv_head) * row_tiles + row_tile >= blocks:
+        block = (batch * kv_heads + kv_head) * row_tiles + row_tile
+        if block >= blocks:
             return
         first_row, splits = row_tile * rows_a_block, np.int32(cuda.gridDim.x)
         lengths_gl, table_gl = np.int64(lengths_gl) + 4 * batch, np.int64(table_gl)
@@ -69,8 +71,11 @@ def make(config: Config) -> Callable:
             table_gl += 4 * batch * table_row
         ring_sh, bits_sh = shared_sh + warp * ring_bytes, shared_sh + bits_offset + warp * 4 * stages
         ptx.wait_for_primary()
-        ptx.launch_dependents()  # the combining kernel may take its place, and waits there for the end of this one
-        length, start, low, high = key_range(np.int32(ptx.ld_written_32(lengths_gl)), capacity, new, window, split, splits, fixed)
+        ptx.launch_dependents()
+        length, start, low, high, used = key_range(np.int32(ptx.ld_written_32(lengths_gl)), capacity, new, window, split, splits,
+                                                   fixed)
+        if split >= used:
+            return
 
         # The first tiles are on their way before q is asked for: theirs is the longer way.
         certain, last = np.int32(length - new), np.int32(length - 1)  # up to `certain` every row sees a key
@@ -208,8 +213,11 @@ def make(config: Config) -> Callable:
                     c, d = ptx.fma(weight, ptx.bits_f32(part[2]), c), ptx.fma(weight, ptx.bits_f32(part[3]), d)
                 token, head = row_of(first_row + row, kv_head, group, per_group)
                 line = (batch * new + token) * kv_heads * group + head
-                store_result(a, b, c, d, highest, whole, line, column, head_dim, split, splits, np.int64(out_gl), np.int64(partial_gl),
-                             np.int64(lse_gl), kinds >> 2)
+                store_result(a, b, c, d, highest, whole, line, column, head_dim, line * splits + split, used, np.int64(0), np.int64(out_gl),
+                             np.int64(partial_gl), np.int64(lse_gl), kinds >> 2)
+        combine(shared_sh + bits_offset, np.int64(counters_gl) + 4 * block * tree, thread, batch, kv_head, first_row,
+                min(rows_a_block, new * group - first_row), new, group, kv_heads, per_group, head_dim, split, splits, used,
+                np.int64(out_gl), np.int64(partial_gl), np.int64(lse_gl), kinds >> 2)
 
     return decode_mma
 

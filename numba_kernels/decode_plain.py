@@ -13,7 +13,8 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of, store_result
+from ftops.numba_kernels.decode_combine import make_combine, store_result
+from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of
 from ftops.numba_kernels.division import divide
 
 CACHES = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn")
@@ -32,7 +33,7 @@ def make(config: Config) -> Callable:
     zero, one, lowest, hidden, log2e = (np.float32(c) for c in (0, 1, -1e30, -np.inf, LOG2E))
     xors = tuple(ptx.shuffle_xor[n] for n in (1, 2, 4, 8, 16))
     x1, x2, x4, x8, x16 = xors
-    key_range = make_key_range(tile_keys)
+    key_range, combine = make_key_range(tile_keys), make_combine(32 * WARPS, 8 * PARTS)
     item = {"float32": 4, "float16": 2, "bfloat16": 2}.get(config.cache, 1)
 
     @cuda.jit(device=True, forceinline=True)
@@ -58,19 +59,23 @@ def make(config: Config) -> Callable:
     load = dict(zip(CACHES, (load_f32, load_f16, load_bf16, load_int8, load_e4m3), strict=True))[config.cache]
 
     def decode_plain(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
-                     q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head, v_page, v_slot,
-                     v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window, kinds, fixed,
-                     per_page, per_row_tile, per_kv_head, per_group, scale, cap):
+                     counters_gl, q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head,
+                     v_page, v_slot, v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, tree, window,
+                     kinds, fixed, per_page, per_row_tile, per_kv_head, per_group, scale, cap):
         shared_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
-        lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
+        thread = np.int32(cuda.threadIdx.x)
+        lane, warp = thread & 31, thread >> 5
         batch, kv_head, row, split = block_of(row_tiles, kv_heads, per_row_tile, per_kv_head)
-        if (batch * kv_heads + kv_head) * row_tiles + row >= blocks:
+        block = (batch * kv_heads + kv_head) * row_tiles + row
+        if block >= blocks:
             return
         ptx.launch_dependents()
         splits, kind = np.int32(cuda.gridDim.x), kinds >> 2
         token, head = row_of(row, kv_head, group, per_group)
         length = np.int32(ptx.ld_global_32(np.int64(lengths_gl) + 4 * batch))
-        length, start, low, high = key_range(length, capacity, new, window, split, splits, fixed)
+        length, start, low, high, used = key_range(length, capacity, new, window, split, splits, fixed)
+        if split >= used:
+            return
         position = length - new + token
         value_scale = one
         if k_scale_gl != 0:
@@ -161,8 +166,10 @@ def make(config: Config) -> Callable:
                 a, b = ptx.fma(weight, ptx.bits_f32(part[0]), a), ptx.fma(weight, ptx.bits_f32(part[1]), b)
                 c, d = ptx.fma(weight, ptx.bits_f32(part[2]), c), ptx.fma(weight, ptx.bits_f32(part[3]), d)
             line = (batch * new + token) * kv_heads * group + head
-            store_result(a, b, c, d, highest, total, line, column, head_dim, split, splits, np.int64(out_gl), np.int64(partial_gl),
-                         np.int64(lse_gl), kind)
+            store_result(a, b, c, d, highest, total, line, column, head_dim, line * splits + split, used, np.int64(0), np.int64(out_gl),
+                         np.int64(partial_gl), np.int64(lse_gl), kind)
+        combine(shared_sh, np.int64(counters_gl) + 4 * block * tree, thread, batch, kv_head, row, np.int64(1), new, group, kv_heads,
+                per_group, head_dim, split, splits, used, np.int64(out_gl), np.int64(partial_gl), np.int64(lse_gl), kind)
 
     return decode_plain
 

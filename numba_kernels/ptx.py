@@ -99,21 +99,21 @@ def ptx(name: str, asm: str | dict[int, str], outs: str = "", ins: str = "", pur
     return _as_intrinsic(name, [f"a{i}" for i in range(len(ins))], codegen, result)
 
 
-def ptx_accumulate(name: str, asm: str, count: int, ins: str) -> Callable:
-    """Intrinsic `name(acc, start, *ins)`: `asm` updates acc[start : start + count], float32, in place.
+def ptx_accumulate(name: str, asm: str, count: int, ins: str, of: str = "f") -> Callable:
+    """Intrinsic `name(acc, start, *ins)`: `asm` updates acc[start : start + count] in place; of: their letter, r for int32.
 
     acc is a cuda.local.array; LLVM keeps it in registers as long as `start` and every other index is a constant after unrolling.
     In `asm`, $0 .. $(count - 1) are the accumulators and the inputs start at $(2 count).
     """
-    f32, i64 = ir.FloatType(), ir.IntType(64)
-    constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + list(ins) + ["~{memory}"])
+    held, i64 = _OPERAND[of][0], ir.IntType(64)
+    constraints = ",".join(["=" + of] * count + [str(i) for i in range(count)] + list(ins) + ["~{memory}"])
 
     def codegen(context, builder, sig, args):
         data = context.make_array(sig.args[0])(context, builder, args[0]).data
         start = context.cast(builder, args[1], sig.args[1], types.int64)
         pointers = [builder.gep(data, [builder.add(start, ir.Constant(i64, i))]) for i in range(count)]
         values = [context.cast(builder, a, t, _OPERAND[c][1]) for a, t, c in zip(args[2:], sig.args[2:], ins, strict=True)]
-        function = ir.InlineAsm(ir.FunctionType(ir.LiteralStructType([f32] * count), [f32] * count + [_OPERAND[c][0] for c in ins]),
+        function = ir.InlineAsm(ir.FunctionType(ir.LiteralStructType([held] * count), [held] * count + [_OPERAND[c][0] for c in ins]),
                                 asm, constraints, side_effect=True)
         out = builder.call(function, [builder.load(p) for p in pointers] + values)
         for i, pointer in enumerate(pointers):
@@ -194,6 +194,9 @@ ld_written_f32_if = ptx("ld_written_f32_if", "{ .reg .pred p; .reg .f32 t; setp.
 ld_written_128_if = ptx("ld_written_128_if", "{ .reg .pred p; .reg .b32 t<4>; setp.ne.u32 p, $5, 0; mov.b32 t0, 0; mov.b32 t1, 0; "
                         "mov.b32 t2, 0; mov.b32 t3, 0; @p ld.global.v4.b32 {t0, t1, t2, t3}, [$4]; mov.b32 $0, t0; mov.b32 $1, t1; "
                         "mov.b32 $2, t2; mov.b32 $3, t3; }", "rrrr", "lr")
+
+# The value before; wraps to 0 past $2. What the block has written before its last barrier is there for whoever reads the count after it.
+atomic_inc_u32 = ptx("atomic_inc_u32", "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;", "r", "lr")
 
 # Shared memory.
 ld_shared_32 = ptx("ld_shared_32", "ld.shared.b32 $0, [$1];", "r", "r")

@@ -19,7 +19,6 @@ mbarrier_arrive = ptx("mbarrier_arrive", "mbarrier.arrive.shared::cta.b64 _, [$0
 mbarrier_wait = ptx("mbarrier_wait", "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra DONE; "
                     "bra WAIT; DONE: }", "", "rr")
 atomic_add_u32 = ptx("atomic_add_u32", "atom.add.u32 $0, [$1], $2;", "r", "lr")  # the value before
-atomic_inc_u32 = ptx("atomic_inc_u32", "atom.acq_rel.gpu.inc.u32 $0, [$1], $2;", "r", "lr")  # the value before; wraps to 0 past $2
 fence_mbarrier_init = ptx("fence_mbarrier_init", "fence.mbarrier_init.release.cluster;")
 fence_proxy_async = ptx("fence_proxy_async", "fence.proxy.async.shared::cta;")  # ordinary stores before it, wgmma and TMA after it
 bar_sync = ptx("bar_sync", "bar.sync $0, $1;", "", "rr")  # named barrier $0 of $1 threads
@@ -29,6 +28,7 @@ bar_any = ptx("bar_any", "{ .reg .pred p, q; setp.ne.u32 p, $3, 0; barrier.cta.r
               "rrr")
 # All threads of a cluster: what each has written to shared memory is there for the others after the wait.
 cluster_arrive = ptx("cluster_arrive", "barrier.cluster.arrive.release;")
+cluster_arrive_relaxed = ptx("cluster_arrive_relaxed", "barrier.cluster.arrive.relaxed;")  # of who has written nothing that others read
 cluster_wait = ptx("cluster_wait", "barrier.cluster.wait.acquire;")
 # At the address $4 of block $5 of the cluster.
 ld_cluster_f32x4 = ptx("ld_cluster_f32x4", "{ .reg .b32 a; mapa.shared::cluster.u32 a, $4, $5; "
@@ -43,12 +43,15 @@ tma_load_2d = ptx("tma_load_2d", "cp.async.bulk.tensor.2d.shared::cluster.global
                   "[$0], [$1, {$3, $4}], [$2];", "", "rlrrr")
 tma_load_4d = ptx("tma_load_4d", "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
                   "[$0], [$1, {$3, $4, $5, $6}], [$2];", "", "rlrrrrr")
+# The same box into L2.
+tma_prefetch_4d = ptx("tma_prefetch_4d", "cp.async.bulk.prefetch.tensor.4d.L2.global [$0, {$1, $2, $3, $4}];", "", "lrrrr")
 SETMAXNREG = {(way, n): ptx(f"setmaxnreg_{way}_{n}", f"setmaxnreg.{way}.sync.aligned.u32 {n};")
               for way, counts in (("dec", (24, 32, 40, 56)), ("inc", (152, 160, 224, 232, 240))) for n in counts}
 wgmma_fence = ptx("wgmma_fence", "wgmma.fence.sync.aligned;")
 wgmma_commit = ptx("wgmma_commit", "wgmma.commit_group.sync.aligned;")
 WGMMA_WAIT = {n: ptx(f"wgmma_wait_{n}", f"wgmma.wait_group.sync.aligned {n};") for n in range(2)}  # until n groups at most are unfinished
-_WGMMA_DTYPE = {dtype: (16, kind) for dtype, kind in KIND.items()} | {"float8_e4m3fn": (32, "e4m3")}  # depth of a product; 8 bits: K-major
+# Depth of a product, and the dtype as PTX has it; of 8 bits both operands are K-major.
+_WGMMA_DTYPE = {dtype: (16, kind) for dtype, kind in KIND.items()} | {"float8_e4m3fn": (32, "e4m3"), "int8": (32, "s8")}
 stmatrix_x4 = ptx("stmatrix_x4", "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "", "rrrrr")
 # Four float32 to the four bytes of a word, e4m3, clipped to +-448.
 e4m3_quad = ptx("e4m3_quad", "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
@@ -57,9 +60,13 @@ e4m3_quad = ptx("e4m3_quad", "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $
 
 def wgmma_shared(dtype: str, n: int) -> Callable:
     """f(acc, 0, a, b, add): acc[64 x n] = A B^T (+ acc where add is not 0), of one warpgroup. a, b: descriptors of A[64 x 16] and B[n x 16]
-    in shared memory, both K-major. acc: a thread's n / 2 float32, as in the PTX ISA, section "wgmma.mma_async.m64nNk16"."""
+    in shared memory, both K-major; of 8 bits 32 in place of 16. acc: a thread's n / 2 float32, of int8 int32, as in the PTX ISA, section
+    "wgmma.mma_async.m64nNk16"."""
     registers = ", ".join(f"${i}" for i in range(n // 2))
     depth, kind = _WGMMA_DTYPE[dtype]
+    if dtype == "int8":
+        return ptx_accumulate(f"wgmma_shared_s8_{n}", f"{{ .reg .pred p; setp.ne.b32 p, ${n + 2}, 0; wgmma.mma_async.sync.aligned.m64n{n}"
+                              f"k32.s32.s8.s8 {{{registers}}}, ${n}, ${n + 1}, p; }}", n // 2, "llr", of="r")
     return ptx_accumulate(f"wgmma_shared_{kind}_{n}", f"{{ .reg .pred p; setp.ne.b32 p, ${n + 2}, 0; "
                           f"wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind} {{{registers}}}, ${n}, ${n + 1}, p, 1, 1"
                           f"{', 0, 0' if depth == 16 else ''}; }}", n // 2, "llr")
