@@ -10,7 +10,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c pi
 comma := ,
 DEMO_EXTRAS := $(if $(shell command -v nvidia-smi),demo$(comma)cu13,demo)
 
-.PHONY: demo test test-gpu bench lint wheel
+.PHONY: demo test test-gpu memcheck racecheck bench lint wheel
 
 demo: $(VENV)/demo.installed
 	$(BIN)/ftops demo
@@ -21,6 +21,11 @@ test: $(VENV)/test.installed
 # Races and timings are looked for: one process.
 test-gpu: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m gpu $(TESTS)
+
+# By NVIDIA's compute-sanitizer, ten to fifty times slower. Each tensor is an allocation of its own, so that reading past its end is seen.
+memcheck racecheck: $(VENV)/test.installed
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $@ --report-api-errors no --error-exitcode 9 \
+		$(BIN)/python -m pytest -m gpu @tests/ops/sanitized.txt
 
 bench: $(VENV)/test.installed
 	$(BIN)/python -m pytest bench --benchmark-only

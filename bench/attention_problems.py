@@ -1,4 +1,4 @@
-"""Attention, whole prompts and single tokens, against PyTorch's own kernels: SDPA by FlashAttention-2 and by cuDNN, and FlexAttention."""
+"""Attention, whole prompts and single tokens, against SDPA by FlashAttention-2 and by cuDNN, FlexAttention, and FlashInfer if installed."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.peers import flashinfer_decode, flashinfer_prefill, installed
 from bench.problem import Problem, Run, randn, small_sizes
 from bench.record import OURS
 from ftops import ops
@@ -24,6 +25,7 @@ PREFILL = [(4, 16, 16, 4096, 128, True), (1, 32, 8, 16384, 128, True), (4, 16, 1
            (8, 16, 16, 2048, 256, True), (32, 12, 12, 384, 64, False), (16, 32, 8, 128, 128, True)]
 # B, H, Hkv, context, D, page size, dtype of the cache
 BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
+SCALES = {INT8: 4 / 127, FP8: 4 / 448}  # of keys and values in 8 bits: normal ones stay below 4 but for one in 16,000, which is cut off
 DECODE = [(1, 32, 8, 1024, 128, None, BF16), (1, 32, 8, 8192, 128, None, BF16), (1, 32, 8, 131072, 128, None, BF16),
           (16, 32, 8, 4096, 128, None, BF16), (64, 32, 8, 4096, 128, None, BF16), (64, 32, 32, 2048, 128, None, BF16),
           (16, 16, 16, 2048, 256, None, BF16), (8, 32, 1, 32768, 128, None, BF16), (256, 32, 8, 512, 128, None, BF16),
@@ -82,6 +84,13 @@ def flex(causal: bool = False) -> dict[str, Run]:
     return {"FlexAttention": run}
 
 
+def flashinfer(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, causal: bool) -> dict[str, Run]:
+    if not installed("flashinfer"):
+        return {}
+    attend = flashinfer_prefill([length] * batch, heads, kv_heads, head_dim, causal)
+    return {"FlashInfer": lambda i: attend(*(t.flatten(0, 1) for t in (i.q, i.k, i.v))).view_as(i.q)}
+
+
 def prefill(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, causal: bool) -> Problem:
     def make(device: torch.device) -> SimpleNamespace:
         return SimpleNamespace(q=randn(batch, length, heads, head_dim, device=device),
@@ -94,7 +103,8 @@ def prefill(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, c
 
     pairs = batch * heads * length * length / (2 if causal else 1)
     return Problem("attention", f"{batch},{heads},{kv_heads},{length},{head_dim} {'causal' if causal else 'full'}", make,
-                   {OURS: lambda i: ops.attention(i.q, i.k, i.v, causal=causal), **peers(is_causal=causal), **flex(causal)}, expected,
+                   {OURS: lambda i: ops.attention(i.q, i.k, i.v, causal=causal), **peers(is_causal=causal), **flex(causal),
+                    **flashinfer(batch, heads, kv_heads, length, head_dim, causal)}, expected,
                    lambda out, i: out[:1, -ROWS:], 2 * 2 * batch * length * (heads + kv_heads) * head_dim, 4 * pairs * head_dim)
 
 
@@ -120,18 +130,20 @@ def prefill_fp8(batch: int, heads: int, kv_heads: int, length: int, head_dim: in
 
 
 def decode(batch: int, heads: int, kv_heads: int, context: int, head_dim: int, page_size: int | None, dtype: torch.dtype) -> Problem:
-    """One new token a sequence. Peers read the same keys and values, contiguous and in bfloat16."""
+    """One new token a sequence. PyTorch's peers read the same keys and values contiguous and in bfloat16, FlashInfer reads our caches."""
     def make(device: torch.device) -> SimpleNamespace:
         i = SimpleNamespace(q=randn(batch, 1, heads, head_dim, device=device),
                             lengths=torch.full((batch,), context, dtype=torch.int32, device=device), options={},
                             **{name: randn(batch, context, kv_heads, head_dim, device=device) for name in "kv"})
         i.caches = [i.k, i.v]
         if dtype is not BF16:
-            scales = [torch.full((kv_heads,), 4.0 / (127 if dtype is INT8 else 448), device=device) for _ in range(2)]
-            i.caches = [to_cache(cache, dtype, scale) for cache, scale in zip(i.caches, scales, strict=True)]
-            i.options = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+            scale = torch.full((kv_heads,), SCALES[dtype], device=device)
+            i.caches = [to_cache(cache, dtype, scale) for cache in i.caches]
+            i.k, i.v = ((cache.float() * SCALES[dtype]).to(BF16) for cache in i.caches)
+            i.options = {"k_scale": scale, "v_scale": scale}
         if page_size is not None:
-            table = torch.randperm(batch * (context // page_size), device=device)
+            same = torch.Generator(device).manual_seed(0)  # for all sets of inputs: FlashInfer's plan is of one table
+            table = torch.randperm(batch * (context // page_size), device=device, generator=same)
             i.caches = [_paged(cache, table, page_size) for cache in i.caches]
             i.options["page_table"] = table.view(batch, -1).to(torch.int32)
         return i
@@ -152,7 +164,10 @@ def decode(batch: int, heads: int, kv_heads: int, context: int, head_dim: int, p
         group += ", paged"
     if group != "decode_attention":
         sides["ftops, contiguous bf16"] = lambda i: ops.decode_attention(i.q, i.k, i.v, i.lengths)
-    return Problem("decode_attention", name, make, {**sides, **peers(), **(flex() if group == "decode_attention" else {})}, expected,
+    sides |= {**peers(), **(flex() if group == "decode_attention" else {})}
+    if dtype is not INT8:  # which FlashInfer does not read
+        sides |= flashinfer_decode(batch, heads, kv_heads, context, head_dim, page_size, dtype, SCALES.get(dtype))
+    return Problem("decode_attention", name, make, sides, expected,
                    lambda out, i: out[:1], 2 * batch * context * kv_heads * head_dim * dtype.itemsize + 4 * batch * heads * head_dim,
                    group=group)
 
@@ -193,6 +208,9 @@ def varlen(batch: int, longest: int, heads: int, head_dim: int) -> Problem:
     if not small_sizes():
         sides["torch varlen (flash)"] = flash
         sides["SDPA cuDNN, padded"] = sdpa(BACKENDS["SDPA cuDNN"])
+        if installed("flashinfer"):
+            attend = flashinfer_prefill(lengths.tolist(), heads, heads, head_dim, causal=False)
+            sides["FlashInfer"] = lambda i: attend(*i.packed)
     else:
         sides["SDPA, padded"] = sdpa(None)
     return Problem("attention_varlen", f"{batch} x 1-{longest}, {heads},{head_dim}", make, sides, expected,

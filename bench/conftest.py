@@ -65,8 +65,10 @@ def ceilings(device: torch.device, stopwatch: timing.Stopwatch, request: pytest.
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def anew() -> None:
+    """One seed; and torch.compile forgets what it compiled: of one function it keeps eight versions, and then runs it uncompiled."""
     torch.manual_seed(0)
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Linear layers at the shapes of models: each weight format against cuBLAS in bfloat16 and PyTorch's own products of that format."""
+"""Linear layers at the shapes of models: each weight format against cuBLAS in bfloat16, PyTorch's own products of that format, and those of
+gemlite and torchao if they are installed."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -6,11 +7,12 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from bench.peers import built, compiled_linear, gemlite_int4, gemlite_w8a8, installed, torchao_int8
 from bench.problem import DTYPE, Problem, Run, randn, small_sizes
 from bench.record import OURS
 from ftops import ops
 from ftops.ops.linear import reference
-from ftops.packing import dequantise_4bit, unpack_4bit
+from ftops.packing import dequantise_4bit, unpack_4bit, unpack_groups
 
 CHECKED = 64  # rows of which an exact result is computed
 GROUP = 128
@@ -19,6 +21,9 @@ GROUP = 128
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (12288, 4096), (16384, 4096), (4096, 16384), (1280, 8192), (8192, 1024),
           (7168, 8192), (8192, 3584), (5000, 2064)]
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 8192]
+# gemlite and torchao compile a kernel for each problem and time tens of it, but for gemlite's at these, which it comes tuned for.
+COMPILED_SHAPES, COMPILED_ROWS = SHAPES[:4], (1, 16, 32, 128, 256, 2048)
+GEMLITE, TORCHAO = ("linear_w4a16", "linear_w8a8"), ("linear_w8a16",)
 FP8 = torch.float8_e4m3fn
 # Bytes a weight is read in; what rounding activations to the format costs, of the largest value: measured 0.01 and 0.02 on normal data.
 READ = {"linear": 2.0, "linear_w8a16": 1.0, "linear_fp8": 1.0, "linear_w8a8": 1.0, "linear_w4a16": 0.5 + 2 / GROUP}
@@ -54,32 +59,46 @@ def ours(op: str, N: int, K: int) -> Run:
     return lambda i: function(i.x, i.values, i.scales)
 
 
-def peers(op: str, rows: int) -> dict[str, Run]:
+def compiles(package: str, ops: tuple[str, ...], op: str, rows: int, N: int, K: int) -> bool:
+    return op in ops and rows in COMPILED_ROWS and (N, K) in COMPILED_SHAPES and installed(package)
+
+
+def peers(op: str, rows: int, N: int, K: int) -> dict[str, Run]:
     """The 8-bit products are given activations that are in 8 bits already, where ours quantises them; that of integers is not scaled."""
     sides: dict[str, Run] = {"torch bf16": lambda i: F.linear(i.x, i.dense)}
     if small_sizes():
         return sides
-    if op == "linear_w4a16":
+    if op == "linear_w4a16":  # the product that torchao's Int4WeightOnlyConfig calls for weights packed for tensor cores
         sides["torch int4"] = lambda i: torch._weight_int4pack_mm(i.x, i.torch, GROUP, i.torch_scales)
     if op == "linear_fp8":
         sides["torch._scaled_mm alone"] = lambda i: torch._scaled_mm(
             i.x8, i.values.t(), scale_a=i.x_scales, scale_b=i.scales[None], out_dtype=DTYPE)
     if op == "linear_w8a8" and rows > 16:  # fewer are refused
         sides["torch._int_mm alone"] = lambda i: torch._int_mm(i.x8, i.values.t())
+    if compiles("gemlite", GEMLITE, op, rows, N, K):
+        sides["gemlite"] = lambda i: i.gemlite(i.x)
+    if compiles("torchao", TORCHAO, op, rows, N, K):
+        sides["torchao, compiled"] = lambda i: i.torchao(i.x)
     return sides
 
 
 def problem(op: str, rows: int, N: int, K: int) -> Problem:
+    linear = compiled_linear() if compiles("torchao", TORCHAO, op, rows, N, K) else None
+
     def make(device: torch.device) -> SimpleNamespace:
         i = weights(op, N, K, device)
         i.x = randn(rows, K, device=device)
         if device.type != "cuda":
             return i
-        if op == "linear_w4a16" and K % GROUP == 0 and N % 8 == 0:
-            q = unpack_4bit(i.packed, N, K)
-            i.torch = torch._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
-            scale = i.scales.view(-1, K // GROUP, 8, 2, 2).permute(1, 0, 3, 4, 2).reshape(K // GROUP, -1)[:, :N]
-            i.torch_scales = torch.stack((scale, torch.zeros_like(scale)), -1)
+        if op == "linear_w4a16":
+            q, scales = unpack_4bit(i.packed, N, K), unpack_groups(i.scales, N)
+            if K % GROUP == 0 and N % 8 == 0:
+                i.torch = torch._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
+                i.torch_scales = torch.stack((scales.t(), torch.zeros_like(scales.t())), -1)
+        if compiles("gemlite", GEMLITE, op, rows, N, K):
+            i.gemlite = built(lambda: gemlite_int4(q, scales) if op == "linear_w4a16" else gemlite_w8a8(i.values, i.scales))
+        if linear is not None:
+            i.torchao = built(lambda: torchao_int8(i.values, i.scales, linear))
         if op in FORMAT_ERROR:
             i.x_scales = i.x.float().abs().amax(-1, keepdim=True) / (448 if op == "linear_fp8" else 127)
             scaled = i.x.float() / i.x_scales
@@ -89,7 +108,7 @@ def problem(op: str, rows: int, N: int, K: int) -> Problem:
     def view(out: torch.Tensor, i: SimpleNamespace) -> torch.Tensor:
         return out[:CHECKED] if out.dtype is not torch.int32 else out[:CHECKED] * i.x_scales[:CHECKED] * i.scales
 
-    return Problem(op, str(rows), make, {OURS: ours(op, N, K), **peers(op, rows)},
+    return Problem(op, str(rows), make, {OURS: ours(op, N, K), **peers(op, rows, N, K)},
                    lambda i: reference(i.x[:CHECKED].float(), i.dense.float(), None, None, None), view,
                    READ[op] * N * K + DTYPE.itemsize * rows * (N + K), 2.0 * rows * N * K, FORMAT_ERROR.get(op, 0.0),
                    group=f"{op} {N}x{K}")

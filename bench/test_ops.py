@@ -17,6 +17,7 @@ from ftops.timing import Side, allowed_error, copies_for, error
 SUITES = {"attention": attention_problems.PROBLEMS, "linear": linear_problems.PROBLEMS, "ops": row_problems.PROBLEMS}
 MEASURED = {problem.op for problems in SUITES.values() for problem in problems}
 SUITES["ops"] = [*SUITES["ops"], *(from_cases(op) for op in OPS if op not in MEASURED)]
+WRONG = 0.05  # of the largest value: more than any rounding of what is right costs
 PROBLEMS = [(suite, problem) for suite, problems in SUITES.items() for problem in problems]
 
 
@@ -33,15 +34,22 @@ def test_op(suite: str, problem: Problem, measure: Callable[..., Record], device
 
 
 def check(problem: Problem, sides: list[Side], inputs: Any) -> None:
-    """The output that is timed is right: no further from the exact one than twice the nearest peer's, two roundings, its format's cost."""
+    """The output that is timed is right: no further from the exact one than twice the nearest peer's, two roundings, its format's cost.
+
+    A peer that cannot run on this device or in this version is a result too, and so is one whose answer is wrong; ours must do both.
+    """
     expected = problem.expected(inputs)
+    largest = float(expected.abs().max())
     for side in sides:
         try:
             side.error = error(problem.view(side.run(inputs), inputs), expected)
-        except Exception as reason:  # a peer that this device or version lacks is a result too; ours must run
+        except Exception as reason:
             if side.name == OURS:
                 raise
-            side.missing = f"{type(reason).__name__}: {str(reason).splitlines()[0][:100]}"
+            side.missing = f"{type(reason).__name__}: {str(reason).partition(chr(10))[0][:100]}"
+            continue
+        if side.name != OURS and side.error > (WRONG + problem.format_error) * largest:
+            side.missing, side.error = f"wrong by {side.error / largest:.2g} of the largest value", None
     allowed = allowed_error(expected, DTYPE, [side.error for side in sides if side.name != OURS and side.error is not None])
-    allowed += problem.format_error * float(expected.abs().max())
+    allowed += problem.format_error * largest
     assert sides[0].error <= allowed
