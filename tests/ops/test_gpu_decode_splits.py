@@ -1,0 +1,110 @@
+"""Splits of the keys that meet wrongly: the last block of decode_attention to arrive merges them, whichever it is."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ftops import ops
+from ftops.numba_kernels import counters
+from ftops.numba_kernels.launch import Kernel
+from tests.accuracy import assert_accurate, in_float64
+from tests.ops.oracles import decode_attention
+from tests.ops.test_gpu import poisoned_call
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+DTYPES = {"argvalues": (torch.bfloat16, torch.float32), "ids": ("bfloat16", "float32")}  # each a kernel of its own
+
+
+def sample(dtype, heads=4, kv_heads=1, head_dim=64, capacity=4096, lengths=(4096, 3000), seed=0):
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(len(lengths), length, n, head_dim, device=CUDA).to(dtype)
+               for length, n in ((1, heads), (capacity, kv_heads), (capacity, kv_heads)))
+    for row, length in enumerate(lengths):
+        k[row, length:], v[row, length:] = float("nan"), float("nan")
+    return q, k, v, torch.tensor(lengths, dtype=torch.int32, device=CUDA)
+
+
+@pytest.mark.parametrize("dtype", **DTYPES)
+def test_as_many_splits_as_make_each_level_of_the_tree(dtype):
+    """1 to 268 splits of 64 keys: 16 meet at a time, so that a level of the tree begins at 17 and at 257."""
+    lengths = (0, 1, 64, 65, 1024, 1025, 2048, 16383, 16384, 16385, 17152)
+    args = sample(dtype, heads=2, capacity=17152, lengths=lengths)
+    ours = poisoned_call("decode_attention", args, {"fixed_split": 64})
+    assert_accurate(ours, decode_attention(*in_float64(args)), decode_attention(*args))
+
+
+@pytest.mark.parametrize("dtype", **DTYPES)
+def test_splits_that_see_nothing(dtype):
+    """Hidden by a bias, they leave no row in the workspace: what lies there, NaN, must not be read; a row with nothing at all is 0."""
+    args = sample(dtype, lengths=(4096, 4000, 3000))
+    bias = torch.zeros(3, 1, 1, 4096, device=CUDA)
+    bias[0, ..., 100:], bias[1, ..., :3900], bias[2] = (float("-inf"),) * 3
+    ours = poisoned_call("decode_attention", args, {"bias": bias})
+    assert_accurate(ours, decode_attention(*in_float64(args), bias=bias.double()), decode_attention(*args, bias=bias))
+    assert not ours[2].any()
+
+
+@pytest.mark.parametrize("dtype", **DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "lengths"), [(32, 1, (32768,)), (32, 8, (8192,)), (8, 2, (8192, 1, 500))],
+                         ids=["64_splits", "16_splits", "unequal"])
+def test_250_runs_give_the_same_bits(heads, kv_heads, lengths, dtype):
+    """Blocks arrive in another order each time, the more with other work beside them."""
+    args = sample(dtype, heads, kv_heads, 128, lengths[0], lengths)
+    first = ops.decode_attention(*args)
+    beside, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device=CUDA)
+    for run in range(250):
+        if run % 2:
+            with torch.cuda.stream(beside):
+                noise @ noise
+        assert torch.equal(ops.decode_attention(*args), first), run
+
+
+def test_two_streams_at_once():
+    inputs = [sample(torch.bfloat16, 8, 2, seed=seed) for seed in (0, 1)]
+    expected = [ops.decode_attention(*each) for each in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(100):
+        for stream, each, to in zip(streams, inputs, results, strict=True):
+            with torch.cuda.stream(stream):
+                to.append(ops.decode_attention(*each))
+    torch.cuda.synchronize()
+    for to, want in zip(results, expected, strict=True):
+        assert all(torch.equal(one, want) for one in to)
+
+
+@pytest.mark.parametrize("stock", ["there", "used up"])
+def test_two_graphs_replayed_at_once(stock, monkeypatch):
+    """Graphs share no counters, though captured on one stream; without a stock they make zeros in each replay."""
+    inputs = [sample(torch.bfloat16, 8, 2, seed=seed) for seed in (0, 1)]
+    expected = [ops.decode_attention(*each) for each in inputs]
+    if stock == "used up":
+        monkeypatch.setitem(counters._TAKEN, CUDA.index or 0, counters.STOCK)
+    graphs, outs = [], []
+    for each in inputs:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs.append([ops.decode_attention(*each) for _ in range(8)])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(20):
+        for several in outs:
+            for out in several:
+                out.fill_(float("nan"))
+        torch.cuda.synchronize()
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for several, want in zip(outs, expected, strict=True):
+            assert all(torch.equal(out, want) for out in several)
+
+
+def test_one_launch(monkeypatch):
+    args, launches, launch = sample(torch.bfloat16), [], Kernel.__call__
+    ops.decode_attention(*args)
+    monkeypatch.setattr(Kernel, "__call__", lambda self, *given: (launches.append(self.spec.name), launch(self, *given))[1])
+    ops.decode_attention(*args)
+    assert len(launches) == 1
