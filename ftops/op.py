@@ -39,19 +39,21 @@ def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[[], Callabl
 
 
 def straight(handle: torch._ops.OpOverload) -> Callable[..., Any]:
-    """`handle`, past PyTorch's dispatcher where nobody listens there: no tracing, no dispatch mode, no functorch, no tensor subclass.
-
-    The result is the same, since ops have no derivative.
-    """
+    """`handle`, past PyTorch's dispatcher where nobody listens there. The result is the same, since ops have no derivative."""
     implementations = _IMPLEMENTATIONS[handle._schema.name.removeprefix("ftops::")]
 
     def call(x: torch.Tensor, *rest: Any) -> Any:
-        if (torch.compiler.is_compiling() or type(x) is not torch.Tensor or torch._C._len_torch_dispatch_stack()
-                or torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None):
+        if heard(x):
             return handle(x, *rest)
         return implementations.get(x.device.type, handle)(x, *rest)
 
     return call
+
+
+def heard(x: torch.Tensor) -> bool:
+    """Whether somebody listens at PyTorch's dispatcher to what is done with x: tracing, a dispatch mode, functorch, a tensor subclass."""
+    return (torch.compiler.is_compiling() or type(x) is not torch.Tensor or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 def _at_first_call(give: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:

@@ -4,8 +4,7 @@ Rows 0 to count - 1 are requests; what lies behind them up to the size of a grap
 """
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +13,7 @@ import torch
 from ftops.engine.scheduler import Chunk, Request
 from ftops.engine.table import Table, upload
 from ftops.generation import rules
-from ftops.generation.capture import capture
+from ftops.generation.capture import Graphs
 from ftops.generation.rules import Given
 
 
@@ -53,46 +52,6 @@ class PagedDecoder(Protocol):
 
     def read(self, prompts: Prompts) -> torch.Tensor:
         """Reads parts of prompts and returns the logits [M,V] after their `last` tokens."""
-
-
-class Graphs:
-    """One kind of work on tensors at fixed addresses: as it is for `plain` times, then as the replay of a CUDA graph, where that can be.
-
-    The last MOST graphs are kept.
-    """
-
-    MOST = 64
-
-    def __init__(self, device: torch.device, capturable: bool, plain: int) -> None:
-        self._device, self._capturable, self._plain = device, capturable, plain
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._times: Counter[Hashable] = Counter()
-        # Never two at once: what one leaves in its memory, beside the tensors that it is given, no other needs.
-        self._pool = torch.cuda.graph_pool_handle() if capturable else None
-
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """`work` on the same tensors for the same key."""
-        if key in self._graphs:
-            self._graphs[key].replay()
-            return
-        work()
-        if not self._capturable:
-            return
-        if len(self._times) > 16 * self.MOST:
-            self._times.clear()
-        self._times[key] += 1
-        if self._times[key] < self._plain:
-            return
-        if len(self._graphs) == self.MOST:
-            del self._graphs[next(iter(self._graphs))]
-        with capture(self._device, self._pool) as graph:
-            work()
-        self._graphs[key] = graph
-
-    def forget(self) -> None:
-        """The tensors are others now."""
-        self._graphs.clear()
-        self._times.clear()
 
 
 class Batch:

@@ -64,6 +64,8 @@ class Arch:
     rotary_table: str | None = None
     cache: str = "past_key_values"
     returns_tuple: bool = False
+    # Of an encoder: the class of the module that calls its layers one after the other, and where that keeps them.
+    stack: tuple[str, str] | None = None
     # Its attention goes through transformers' attention registry; otherwise it adds the mask it is given to the scores.
     uses_registry: bool = True
     # Options of the configuration that change what the layer computes in a way the block has no word for.
@@ -71,8 +73,15 @@ class Arch:
 
     def matches(self, layer: torch.nn.Module) -> bool:
         """Exactly this class, not one that derives from it: a subclass may compute something else."""
-        kind = type(layer)
-        return kind.__name__ == self.layer and kind.__module__ == f"transformers.models.{self.name}.modeling_{self.name}"
+        return self._is(layer, self.layer)
+
+    def matches_stack(self, module: torch.nn.Module) -> bool:
+        """Whether it is what calls layers of this family, as `stack` says."""
+        return self.stack is not None and self._is(module, self.stack[0])
+
+    def _is(self, module: torch.nn.Module, name: str) -> bool:
+        kind = type(module)
+        return kind.__name__ == name and kind.__module__ == f"transformers.models.{self.name}.modeling_{self.name}"
 
     def spec(self, layer: torch.nn.Module) -> BlockSpec:
         """The block that computes what `layer` does. Raises Unfit."""

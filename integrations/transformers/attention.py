@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,12 +54,14 @@ def register() -> None:
 
 def weights_requested(given: dict[str, Any]) -> bool:
     """Whether the caller wants attention weights: by argument, or through transformers' output recorder."""
-    if given.get("output_attentions"):
-        return True
+    return bool(given.get("output_attentions")) or "attentions" in recorded()
+
+
+def recorded() -> Container[str]:
+    """What transformers' output recorder is to keep of layers: attentions, hidden_states."""
     # Dynamo cannot trace a ContextVar; transformers itself uses the plain variable while compiling.
     recorder = output_capturing._active_collector
-    collected = recorder.global_var if torch.compiler.is_compiling() else recorder.get()
-    return collected is not None and "attentions" in collected
+    return (recorder.global_var if torch.compiler.is_compiling() else recorder.get()) or ()
 
 
 def rows_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | torch.Tensor = 0, kv_offset: int = 0,

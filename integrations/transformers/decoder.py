@@ -149,10 +149,10 @@ def narrow(model: PreTrainedModel) -> Narrow | None:
 
 def fixed(model: PreTrainedModel) -> bool:
     """Whether its cache stays where it is, as a graph needs it. On a CPU one that grows is attended to as a whole, which is faster."""
-    return model.device.type == "cuda" and not any(map(_watched, model.modules()))
+    return model.device.type == "cuda" and not any(map(watched, model.modules()))
 
 
-def _watched(module: torch.nn.Module) -> bool:
+def watched(module: torch.nn.Module) -> bool:
     """Whether somebody's code runs with the module's forward: accelerate's, or hooks that a replay would pass by."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return "_hf_hook" in module.__dict__ or any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)

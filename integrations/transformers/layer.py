@@ -132,7 +132,7 @@ class FusedLayer(Swapped):
         state = self._ftops
         given = kwargs
         given.update(zip(state.arguments, args, strict=False))
-        reason = self._unfit(given)
+        reason = self.unfit(given)
         if reason is not None:
             # A count that changes would be a guard, and a new compilation each time.
             if not torch.compiler.is_compiling():
@@ -149,25 +149,21 @@ class FusedLayer(Swapped):
             out = state.block(x, kept, positions, freqs)
         return (out, None) if state.arch.returns_tuple else out
 
-    def _unfit(self, given: dict[str, Any]) -> str | None:
+    def unfit(self, given: dict[str, Any]) -> str | None:
         """Why this call must go to the original layer, or None."""
         state, x = self._ftops, given["hidden_states"]
-        if state.block is None:
-            return state.reason
-        if self.training and state.dropout:
-            return "training with dropout"
+        unfit = self.unfit_for(x)
+        if unfit is not None:
+            return unfit
         if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())):
             return "gradients"
-        device = x.device
-        if torch.is_autocast_enabled(device.type):
+        if torch.is_autocast_enabled(x.device.type):
             return "autocast"
         if weights_requested(given):
             return "attention weights"
         for name, value in given.items():
             if value is not None and value is not False and name not in SERVED:
                 return f"argument {name}"
-        if x.dtype is not state.dtype or device != state.device:
-            return f"hidden_states are {x.dtype} on {device.type}, weights {state.dtype} on {state.device.type}"
         mask = given.get("attention_mask")
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
             return "attention_mask is not 4-D"
@@ -176,6 +172,17 @@ class FusedLayer(Swapped):
         if unfit is not None or torch.compiler.is_compiling():
             return unfit
         return state.disturbed()
+
+    def unfit_for(self, x: torch.Tensor) -> str | None:
+        """Why the block cannot be given x[B,S,N], whatever else the call asks for, or None."""
+        state = self._ftops
+        if state.block is None:
+            return state.reason
+        if self.training and state.dropout:
+            return "training with dropout"
+        if x.dtype is not state.dtype or x.device != state.device:
+            return f"hidden_states are {x.dtype} on {x.device.type}, weights {state.dtype} on {state.device.type}"
+        return None
 
     def _original(self, given: dict[str, Any]) -> Any:
         """The original layer's own forward, with a mask that it understands."""

@@ -1,8 +1,8 @@
-"""Without padding: a layer gathers the tokens that the mask shows, runs its block on them alone, and puts the results back.
+"""Without padding: the tokens that the mask shows are gathered, blocks run on them alone, and the results are put back.
 
-Which tokens these are is found once a forward, where the mask is made, and travels on the mask. Gathering and putting back cost a layer
-two passes over its input; padding would cost it everything else, and attention a bias. At padding the layer's output is 0, and so are keys
-and values there in a cache. Encoders, and prompts of decoders that are padded on the left.
+Which tokens these are is found once a forward, where the mask is made, and travels on the mask. A layer by itself gathers and puts back
+at the cost of two passes over its input; padding would cost it everything else, and attention a bias. At padding the output is 0, and so
+are keys and values there in a cache. Encoders, and prompts of decoders that are padded on the left.
 """
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from transformers import Cache
 
 from ftops import ops
 from ftops.block import Block, BlockSpec, Freqs
-
-WORTHWHILE = 0.9  # of all tokens: if more are real, an encoder computes them where they are
 
 
 @dataclass(frozen=True)
@@ -36,23 +34,23 @@ class Packing:
         if freqs is None:
             return None, None
         if id(freqs[0]) not in self.rotations:
-            picked = None if positions is None else self._picked(positions)
-            table = freqs if freqs[0].dim() < 3 else tuple(self._picked(t.expand(*self.shape, -1)) for t in freqs)
+            picked = None if positions is None else self.picked(positions)
+            table = freqs if freqs[0].dim() < 3 else tuple(self.picked(t.expand(*self.shape, -1)) for t in freqs)
             self.rotations[id(freqs[0])] = freqs, picked, table
         return self.rotations[id(freqs[0])][1:]
 
-    def _picked(self, x: torch.Tensor) -> torch.Tensor:
+    def picked(self, x: torch.Tensor) -> torch.Tensor:
         """x[B,S,...] of the tokens, [1,T,...]."""
         return x.flatten(0, 1).index_select(0, self.tokens).unsqueeze(0)
 
-    def _spread(self, x: torch.Tensor) -> torch.Tensor:
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
         """x[1,T,...] where it belongs, [B,S,...], zeros elsewhere."""
         whole = x.new_zeros((self.shape.numel(), *x.shape[2:])).index_copy_(0, self.tokens, x.squeeze(0))
         return whole.view(*self.shape, *x.shape[2:])
 
 
 def attach(mask: torch.Tensor, padding: torch.Tensor, prompt: bool = False) -> None:
-    """Finds the tokens that `padding`[B,S] shows and keeps them on `mask`, if that is worth while. Waits for the device.
+    """Finds the tokens that `padding`[B,S] shows and keeps them on `mask`. Waits for the device.
 
     prompt: of a decoder, and then only where all padding is on the left.
     """
@@ -61,7 +59,7 @@ def attach(mask: torch.Tensor, padding: torch.Tensor, prompt: bool = False) -> N
     if prompt and not left:
         return
     tokens = shown.flatten().nonzero().squeeze(1)
-    if tokens.numel() > 0 and (prompt or tokens.numel() <= WORTHWHILE * shown.numel()):
+    if tokens.numel() > 0:
         lengths = shown.sum(1)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         mask._ftops_packing = Packing(shown.shape, tokens, cu_seqlens, int(lengths.max()), left)
@@ -85,10 +83,14 @@ def run_packed(block: Block, x: torch.Tensor, packed: Packing, positions: torch.
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if cache is not None:
-            cache.update(*(packed._spread(t).transpose(1, 2) for t in (k, v)), index)
-        starts, longest = packed.cu_seqlens, packed.longest
-        window = None if spec.window is None or longest <= spec.window + 1 else (spec.window, -1)
-        return ops.attention_varlen(q[0], k[0], v[0], starts, starts, longest, longest, causal=spec.causal, scale=spec.scale,
-                                    window=window).unsqueeze(0)
+            cache.update(*(packed.spread(t).transpose(1, 2) for t in (k, v)), index)
+        return attend_packed(spec, packed.cu_seqlens, packed.longest, q, k, v)
 
-    return packed._spread(block(packed._picked(x), attend, *packed.rotation(positions, freqs)))
+    return packed.spread(block(packed.picked(x), attend, *packed.rotation(positions, freqs)))
+
+
+def attend_packed(spec: BlockSpec, starts: torch.Tensor, longest: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention within each sequence of q[1,T,H,D], k and v[1,T,Hkv,D]; they begin at starts[B + 1] and have `longest` tokens at most."""
+    window = None if spec.window is None or longest <= spec.window + 1 else (spec.window, -1)
+    return ops.attention_varlen(q[0], k[0], v[0], starts, starts, longest, longest, causal=spec.causal, scale=spec.scale,
+                                window=window).unsqueeze(0)

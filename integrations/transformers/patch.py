@@ -24,6 +24,7 @@ from ftops.integrations.transformers.layer import FusedLayer, examine, restore_l
 from ftops.integrations.transformers.leaves import FusedNorm, NormState, examine_norm, is_norm, restore_norm, swap_norm
 from ftops.integrations.transformers.quantizer import QuantConfig, quantize
 from ftops.integrations.transformers.report import REGISTRY, check_model
+from ftops.integrations.transformers.stack import FusedStack, restore_stack, swap_stacks
 from ftops.integrations.transformers.swap import offloaded
 from ftops.quant.module import Quantized
 from ftops.report import Report, Row
@@ -92,6 +93,8 @@ def unpatch(model: nn.Module) -> nn.Module:
             restore_layer(module)
         elif isinstance(module, FusedNorm):
             restore_norm(module)
+        elif isinstance(module, FusedStack):
+            restore_stack(module)
         elif isinstance(module, Generating):
             restore_generate(module)
         module.__dict__.pop("_ftops_attention", None)
@@ -188,6 +191,7 @@ def apply(model: nn.Module, plan: Plan) -> None:
         for module in model.modules():
             if isinstance(module, FusedLayer) and (module._ftops.block is None or module._ftops.disturbed()):
                 module._ftops.build(module)
+        swap_stacks(model)
         swap_generate(model)
     except BaseException:
         unpatch(model)

@@ -60,13 +60,6 @@ def test_holes_in_the_middle(counted):
     assert_accurate(ours, exact, theirs)
 
 
-def test_little_padding_stays_where_it_is(counted):
-    ids, mask = padded([20, 19], 20)
-    with torch.inference_mode():
-        ftops.patch(tiny("bert").bert)(ids, attention_mask=mask)
-    assert counted == []
-
-
 def test_nothing_but_padding(counted):
     ids, mask = padded([0, 0], 5)
     with torch.inference_mode():

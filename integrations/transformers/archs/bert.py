@@ -16,5 +16,6 @@ ARCH = Arch(
     order="post",
     norm="layer",
     dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    stack=("BertEncoder", "layer"),
     refuse=("add_cross_attention",),
 )
