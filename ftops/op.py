@@ -83,6 +83,8 @@ def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
     for argument, tensor in tensors.items():
         if tensor is None:
             continue
+        if not isinstance(tensor, torch.Tensor):
+            raise invalid(op, argument, f"a {type(tensor).__name__}", "a tensor")
         if first is None:
             first, dtype, device = argument, tensor.dtype, tensor.device
             if dtype not in DTYPES:
@@ -104,6 +106,8 @@ def check_beside(op: str, device: torch.device, **tensors: torch.Tensor | None) 
     for argument, tensor in tensors.items():
         if tensor is None:
             continue
+        if not isinstance(tensor, torch.Tensor):
+            raise invalid(op, argument, f"a {type(tensor).__name__}", "a tensor")
         if tensor.device != device:
             raise ValueError(f"{op}: {argument} is on {tensor.device} but the first argument is on {device}; move one of them")
         if grad and tensor.requires_grad:

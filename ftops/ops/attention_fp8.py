@@ -50,7 +50,7 @@ def attention_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_scale: to
     quantising q, k and v; elsewhere in 16. Any strides. Raises ValueError.
     """
     op = "attention_fp8"
-    check_beside(op, q.device, q=q, k=k, v=v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+    check_beside(op, getattr(q, "device", None), q=q, k=k, v=v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
     shape, keys = q.shape, k.shape
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype is not E4M3 or tensor.dim() != 4:

@@ -104,7 +104,7 @@ def check_freqs(op: str, q: torch.Tensor, positions: torch.Tensor | None, freqs:
     batch, length, _, head_dim = q.shape
     if size % 2 or not 0 <= size <= head_dim:
         raise invalid(op, "rotary_dim", size, f"even, 0 to head_dim ({head_dim})")
-    cos, sin = freqs if isinstance(freqs, (tuple, list)) else (freqs, None)
+    cos, sin = freqs if isinstance(freqs, (tuple, list)) and len(freqs) == 2 else (freqs, None)
     check_beside(op, q.device, positions=positions, cos=cos, sin=sin)
     if positions is not None and (positions.shape != (batch, length) or positions.dtype not in INDEX_DTYPES):
         raise invalid(op, "positions", f"{positions.dtype} {tuple(positions.shape)}", f"int32 or int64 ({batch}, {length})")

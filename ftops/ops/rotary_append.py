@@ -97,7 +97,7 @@ def rotary_append(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: to
     check_cache(op, k, k_cache, v_cache, page_table, k_scale, v_scale)
     if k_cache.shape[2] != keys[2]:
         raise invalid(op, "k_cache's heads", k_cache.shape[2], f"k's, {keys[2]}")
-    a_row_a_token = isinstance(freqs, (tuple, list)) and freqs[0].dim() == 3
+    a_row_a_token = isinstance(freqs, (tuple, list)) and all(getattr(table, "ndim", 0) == 3 for table in freqs)
     if rotary_positions is None and not a_row_a_token:
         rotary_positions = positions
     size = head_dim if rotary_dim is None else rotary_dim

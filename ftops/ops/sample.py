@@ -12,6 +12,7 @@ does not hang on how the row is walked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -125,9 +126,12 @@ def sample(logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0, top
         raise invalid(op, "logits.shape", tuple(logits.shape), "[B,V] with V >= 1")
     batch, device = logits.shape[0], logits.device
     for name, value, low, high in (("temperature", temperature, 0, float("inf")), ("top_k", top_k, 1, float("inf")),
-                                   ("top_p", top_p, 0, 1), ("min_p", min_p, 0, 1), ("typical_p", typical_p, 0, 1)):
+                                   ("top_p", top_p, 0, 1), ("min_p", min_p, 0, 1), ("typical_p", typical_p, 0, 1),
+                                   ("seed", seed, float("-inf"), float("inf")), ("offset", offset, float("-inf"), float("inf"))):
         if value is None or isinstance(value, torch.Tensor):
             continue
+        if not isinstance(value, Real):
+            raise invalid(op, name, f"a {type(value).__name__}", "a number, or a tensor of one a row")
         if not low <= value <= high or (value == 0 and name in ("top_p", "typical_p")):
             raise invalid(op, name, value, "above 0, up to 1" if name in ("top_p", "typical_p") else f"{low} to {high}")
     rows = {"temperature": per_row(op, "temperature", temperature, batch, device, torch.float32),

@@ -29,11 +29,15 @@ def checked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None
         raise ValueError(f"generate: attention_mask is {type(mask).__name__}; allowed: a tensor {tuple(ids.shape)}, or None")
     if mask is not None and (mask.shape != ids.shape or mask.device != ids.device):
         raise ValueError(f"generate: attention_mask is {tuple(mask.shape)} on {mask.device}; allowed: {tuple(ids.shape)} on {ids.device}")
+    words = model.config.get_text_config(decoder=True).vocab_size
+    wrong = ids[(ids < 0) | (ids >= words)]  # on a GPU the embedding would find out by an assertion, after which nothing runs there
+    if wrong.numel():
+        raise ValueError(f"generate: input_ids has {int(wrong[0])} among others; allowed: 0 to {words - 1}, the model's vocabulary")
     config = model.generation_config
     given = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id} | options
-    parsed = parse(given, len(ids), model.config.get_text_config(decoder=True).vocab_size)
+    parsed = parse(given, len(ids), words)
     if parsed.pad_token_id is None and parsed.eos:
-        parsed = parse({**given, "pad_token_id": parsed.eos[0]}, len(ids), model.config.get_text_config(decoder=True).vocab_size)
+        parsed = parse({**given, "pad_token_id": parsed.eos[0]}, len(ids), words)
     if streamed and parsed.prompt_lookup_num_tokens:
         raise ValueError("generate: prompt_lookup_num_tokens is given, with which rows do not advance together; leave it out where tokens "
                          "are streamed")

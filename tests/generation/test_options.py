@@ -220,5 +220,8 @@ def test_a_wrong_call_is_refused():
         ftops.generate(model, ids, mask[:, 1:])
     with pytest.raises(ValueError, match=r"attention_mask is list; allowed: a tensor \(2, 12\), or None"):
         ftops.generate(model, ids, mask.tolist())
+    for token in (-1, VOCABULARY):
+        with pytest.raises(ValueError, match=f"input_ids has {token} among others; allowed: 0 to {VOCABULARY - 1}, the model's vocabulary"):
+            ftops.generate(model, torch.tensor([[1, token, 2]]))
     with pytest.raises(ValueError, match="input_ids is on meta but the model on cpu"):
         ftops.generate(model, ids.to("meta"))

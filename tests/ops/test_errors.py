@@ -195,6 +195,9 @@ WRONG = [
     ("sample", {"top_k": zeros(3, dtype=I64)}, ["top_k", "torch.int64 (3,)", "torch.int64 (2,)"]),
     ("sample", {"seed": zeros(2)}, ["seed", "torch.float32 (2,)", "torch.int64 (2,)"]),
     ("sample", {"offset": elsewhere(2, dtype=I64)}, ["offset is on meta", "cpu"]),
+    ("sample", {"seed": [1, 2]}, ["seed", "a list", "a number, or a tensor of one a row"]),
+    ("linear", {"weight": [[0.0] * 8] * 5}, ["weight", "a list", "a tensor"]),
+    ("append_kv", {"positions": [[0, 1, 2]] * 2}, ["positions", "a list", "a tensor"]),
 ]
 
 
@@ -235,6 +238,14 @@ def test_a_gradient_is_refused_and_not_lost(name, argument, value):
     assert "torch.no_grad()" in str(error)
     with torch.no_grad():
         call(name, (), GOOD[name] | {argument: value})
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_list_is_no_tensor(name):
+    for argument, value in (GOOD[name] | OPTIONAL.get(name, {})).items():
+        if isinstance(value, torch.Tensor):
+            error = refusal(name, {argument: value.float().tolist()})
+            assert str(error).startswith(f"{name}: {'cos' if argument == 'freqs' else argument} is a list; allowed: a")
 
 
 def test_every_refusal_is_tested(monkeypatch):
