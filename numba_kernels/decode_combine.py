@@ -8,6 +8,7 @@ Parts are added in the order of their keys, whichever block comes last, so that 
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -30,47 +31,54 @@ def nodes(splits: int) -> int:
     return total
 
 
-@cuda.jit(device=True, forceinline=True)
-def store_four(out_gl, line, column, head_dim, a, b, c, d, kind):
-    """Four values of row `line` of an output of `kind` (0 float32, 1 float16, 2 bfloat16), or as many as head_dim leaves."""
-    at = line * head_dim + column
-    if head_dim & 3 != 0:
-        for i in range(min(4, head_dim - column)):
-            value = a if i == 0 else b if i == 1 else c if i == 2 else d
-            if kind == 0:
-                ptx.st_global_f32(out_gl + 4 * (at + i), value)
-            else:
-                ptx.st_global_16(out_gl + 2 * (at + i), ptx.f16_pair(value, value) if kind == 1 else ptx.bf16_pair(value, value))
-    elif kind == 0:
-        ptx.st_global_128(out_gl + 4 * at, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))
-    elif kind == 1:
-        ptx.st_global_64(out_gl + 2 * at, ptx.f16_pair(a, b), ptx.f16_pair(c, d))
-    else:
-        ptx.st_global_64(out_gl + 2 * at, ptx.bf16_pair(a, b), ptx.bf16_pair(c, d))
+@functools.cache
+def make_store_result(halves: bool) -> Callable:
+    """store_result(...), halves: where the output has 16 bits and rows are whole 16-byte accesses, which is half of the code of a merge."""
+
+    @cuda.jit(device=True, forceinline=True)
+    def store_four(out_gl, line, column, head_dim, a, b, c, d, kind):
+        """Four values of row `line` of an output of `kind` (0 float32, 1 float16, 2 bfloat16), or as many as head_dim leaves."""
+        at = line * head_dim + column
+        if not halves and head_dim & 3 != 0:
+            for i in range(min(4, head_dim - column)):
+                value = a if i == 0 else b if i == 1 else c if i == 2 else d
+                if kind == 0:
+                    ptx.st_global_f32(out_gl + 4 * (at + i), value)
+                else:
+                    ptx.st_global_16(out_gl + 2 * (at + i), ptx.f16_pair(value, value) if kind == 1 else ptx.bf16_pair(value, value))
+        elif not halves and kind == 0:
+            ptx.st_global_128(out_gl + 4 * at, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))
+        elif kind == 1:
+            ptx.st_global_64(out_gl + 2 * at, ptx.f16_pair(a, b), ptx.f16_pair(c, d))
+        else:
+            ptx.st_global_64(out_gl + 2 * at, ptx.bf16_pair(a, b), ptx.bf16_pair(c, d))
+
+    @cuda.jit(device=True, forceinline=True)
+    def store_result(a, b, c, d, highest, total, line, column, head_dim, part, parts, odd, out_gl, partial_gl, lse_gl, kind):
+        """Four sums of row `line` with its maximum and total: the output if it is the only part, else row `part` of the workspace and its
+        log2(sum exp), at a level of the tree that is `odd` or not.
+
+        Rows of the workspace are head_dim floats, rounded up to 4. Where total is 0 nothing was seen: 0, or a log of -inf and no row.
+        """
+        inverse = np.float32(0) if total == np.float32(0) else ptx.reciprocal(total)
+        a, b, c, d = a * inverse, b * inverse, c * inverse, d * inverse
+        if parts == 1:
+            store_four(out_gl, line, column, head_dim, a, b, c, d, kind)
+        else:
+            if column == 0:
+                ptx.st_global_f32(lse_gl + 8 * part + 4 * odd, np.float32(-np.inf) if total == np.float32(0) else highest + ptx.log2(total))
+            if total != np.float32(0):
+                at = partial_gl + 4 * (part * ((head_dim + 3) & -4) + column)
+                ptx.st_global_128(at, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))
+
+    return store_result
 
 
-@cuda.jit(device=True, forceinline=True)
-def store_result(a, b, c, d, highest, total, line, column, head_dim, part, parts, odd, out_gl, partial_gl, lse_gl, kind):
-    """Four sums of row `line` with its maximum and total: the output if it is the only part, else row `part` of the workspace and its
-    log2(sum exp), at a level of the tree that is `odd` or not.
-
-    Rows of the workspace are head_dim floats, rounded up to 4. Where total is 0 nothing was seen: 0, or a log of -inf and no row.
-    """
-    inverse = np.float32(0) if total == np.float32(0) else ptx.reciprocal(total)
-    a, b, c, d = a * inverse, b * inverse, c * inverse, d * inverse
-    if parts == 1:
-        store_four(out_gl, line, column, head_dim, a, b, c, d, kind)
-    else:
-        if column == 0:
-            ptx.st_global_f32(lse_gl + 8 * part + 4 * odd, np.float32(-np.inf) if total == np.float32(0) else highest + ptx.log2(total))
-        if total != np.float32(0):
-            at = partial_gl + 4 * (part * ((head_dim + 3) & -4) + column)
-            ptx.st_global_128(at, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))
-
-
-def make_combine(threads: int, quarters: int) -> Callable:
+@functools.cache
+def make_combine(threads: int, quarters: int, halves: bool) -> Callable:
     """combine(...) for blocks of `threads`, with rows of at most 4 * quarters values."""
     n_part, lowest, zero, nothing = 4 * FAN, np.float32(-1e30), np.float32(0), np.float32(-np.inf)
+    store_result = make_store_result(halves)
 
     @cuda.jit(device=True, forceinline=True)
     def combine(turn_sh, counters_gl, thread, batch, kv_head, first_row, rows, new, group, kv_heads, per_group, head_dim, split, splits,
@@ -78,7 +86,8 @@ def make_combine(threads: int, quarters: int) -> Callable:
         """After store_result of `rows` rows from first_row on by part `split` of the first `used` of `splits`. counters_gl: of the tree."""
         lse = cuda.local.array(FAN, np.float32)
         part = cuda.local.array(n_part, np.float32)
-        apart, odd, pitch = np.int64(1), np.int64(0), np.int64(4 * ((head_dim + 3) & -4))
+        items, pitch = np.int32(rows * quarters), np.int64(4 * ((head_dim + 3) & -4))
+        lse_step, part_step, odd = np.int64(8), pitch, np.int64(0)  # between neighbours of a level
         while used > 1:
             node, parts = np.int32(split >> FAN_SHIFT), np.int32((used + (FAN - 1)) >> FAN_SHIFT)
             members = min(np.int32(used - (node << FAN_SHIFT)), np.int32(FAN))
@@ -86,21 +95,24 @@ def make_combine(threads: int, quarters: int) -> Callable:
             if thread == 0:
                 ptx.st_shared_32(turn_sh, ptx.atomic_inc_u32(counters_gl + 4 * node, np.uint32(members - 1)))
             cuda.syncthreads()
-            if np.int32(ptx.ld_shared_32(turn_sh)) != members - 1:
+            if np.int32(ptx.ld_shared_32(turn_sh)) != np.int32(members - 1):
                 return
-            for item in range(thread, rows * quarters, threads):
-                row, column = item // quarters, 4 * (item % quarters)
+            item = thread
+            while item < items:
+                row = np.int32(np.uint32(item) // quarters)
+                column = np.int32(4 * (item - row * quarters))
                 if column < head_dim:
                     token, head = row_of(first_row + row, kv_head, group, per_group)
                     line = (batch * new + token) * kv_heads * group + head
-                    first = line * splits + (np.int64(node) << FAN_SHIFT) * apart
-                    lse_at, part_at = lse_gl + 8 * first + 4 * odd, partial_gl + pitch * first + 4 * column
+                    lse_at = lse_gl + 8 * line * splits + lse_step * (node << FAN_SHIFT) + 4 * odd
+                    part_at = partial_gl + pitch * line * splits + part_step * (node << FAN_SHIFT) + 4 * column
                     for i in range(FAN):
-                        there = np.uint32(1) if i < members else np.uint32(0)
-                        lse[i] = ptx.ld_written_f32_if(lse_at + 8 * apart * i, there, nothing)
-                        words = ptx.ld_written_128_if(part_at + pitch * apart * i, there)
+                        there = np.uint32(1) if np.int32(i) < members else np.uint32(0)
+                        lse[i] = ptx.ld_written_f32_if(lse_at, there, nothing)
+                        words = ptx.ld_written_128_if(part_at, there)
                         for j in range(4):
                             part[4 * i + j] = ptx.bits_f32(words[j])
+                        lse_at, part_at = lse_at + lse_step, part_at + part_step
                     highest, whole, a, b, c, d = lowest, zero, zero, zero, zero, zero
                     for i in range(FAN):
                         highest = ptx.maximum(highest, lse[i])
@@ -110,9 +122,11 @@ def make_combine(threads: int, quarters: int) -> Callable:
                             whole += weight
                             a, b = ptx.fma(weight, part[4 * i], a), ptx.fma(weight, part[4 * i + 1], b)
                             c, d = ptx.fma(weight, part[4 * i + 2], c), ptx.fma(weight, part[4 * i + 3], d)
+                    first = line * splits + ((node << FAN_SHIFT) * lse_step >> 3)
                     store_result(a, b, c, d, highest, whole, line, column, head_dim, first, parts, np.int64(1 - odd), out_gl, partial_gl,
                                  lse_gl, kind)
+                item = np.int32(item + threads)
             counters_gl, split, used = counters_gl + 4 * parts, node, parts
-            apart, odd = apart << FAN_SHIFT, np.int64(1 - odd)
+            lse_step, part_step, odd = lse_step << FAN_SHIFT, part_step << FAN_SHIFT, np.int64(1 - odd)
 
     return combine

@@ -14,9 +14,10 @@ from numba import cuda
 
 from ftops.numba_kernels import decode_tile, ptx
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.decode_combine import make_combine, store_result
+from ftops.numba_kernels.decode_combine import make_combine, make_store_result
 from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of
 from ftops.numba_kernels.decode_tile import KEYS, NOTHING, Config, lookup
+from ftops.numba_kernels.division import divide
 
 # By cache, how many rows a block may take at each head dim. 8-bit caches at 32 and 160 take the next one, whose further elements are not
 # read, and at 80, 96 and 192 more than 8 rows are row tiles, which read their keys from L2: a variant costs three seconds of compiling.
@@ -50,7 +51,8 @@ def make(config: Config) -> Callable:
     xor_4, xor_8, xor_16 = (ptx.shuffle_xor[n] for n in (4, 8, 16))
     key_range, stage_q, copy_keys = make_key_range(tile_keys), decode_tile.make_stage_q(config), decode_tile.make_copy_keys(row_bytes)
     scores, outputs = decode_tile.make_scores(config, chains), decode_tile.make_outputs(config)
-    softmax, combine = decode_tile.make_softmax(config.dtype, config.head_dim, config.rows), make_combine(threads, head_dim_quarter)
+    softmax = decode_tile.make_softmax(config.dtype, config.head_dim, config.rows)
+    store_result, combine = make_store_result(True), make_combine(threads, head_dim_quarter, True)
 
     def decode_mma(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
                    counters_gl, q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head,
@@ -69,6 +71,10 @@ def make(config: Config) -> Callable:
         k_gl, v_gl = np.int64(k_gl) + 16 * kv_head * k_head, np.int64(v_gl) + 16 * kv_head * v_head
         if table_gl != 0:
             table_gl += 4 * batch * table_row
+            if 32 * thread < divide(capacity, per_page):
+                ptx.prefetch_l2(table_gl + 128 * np.int64(thread))  # in L2 it is as the kernel before this one leaves it
+        if thread == 0:
+            ptx.prefetch_l2(lengths_gl)
         ring_sh, bits_sh = shared_sh + warp * ring_bytes, shared_sh + bits_offset + warp * 4 * stages
         ptx.wait_for_primary()
         ptx.launch_dependents()

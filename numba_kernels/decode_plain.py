@@ -13,7 +13,7 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.decode_combine import make_combine, store_result
+from ftops.numba_kernels.decode_combine import make_combine, make_store_result
 from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of
 from ftops.numba_kernels.division import divide
 
@@ -33,7 +33,8 @@ def make(config: Config) -> Callable:
     zero, one, lowest, hidden, log2e = (np.float32(c) for c in (0, 1, -1e30, -np.inf, LOG2E))
     xors = tuple(ptx.shuffle_xor[n] for n in (1, 2, 4, 8, 16))
     x1, x2, x4, x8, x16 = xors
-    key_range, combine = make_key_range(tile_keys), make_combine(32 * WARPS, 8 * PARTS)
+    key_range = make_key_range(tile_keys)
+    store_result, combine = make_store_result(False), make_combine(32 * WARPS, 8 * PARTS, False)
     item = {"float32": 4, "float16": 2, "bfloat16": 2}.get(config.cache, 1)
 
     @cuda.jit(device=True, forceinline=True)
