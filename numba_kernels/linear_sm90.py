@@ -1,5 +1,8 @@
 """linear for many rows on Hopper (sm_90a): out = act(x W^T + bias) + residual, W of 16 bits, int8 or e4m3 with a scale a row, or int4 with
-a scale, and perhaps a zero point, a row and group of k, as ftops/packing.py has it.
+a scale, and perhaps a zero point, a row and group of k, as ftops/packing.py has it. With W of int8 or e4m3 x may be so too, a scale a row.
+
+Gated, W is gate and up, one behind the other, and out = act(gate) * up + residual: a tile is then 8 rows of gate, 8 of up, the next 8 of
+gate, and so on, as TMA puts them in turn, so that one thread has both sums of a result. Not of int4, which is packed.
 
 Blocks of one producer thread (linear_sm90_load.py) and two consumer warpgroups (linear_sm90_math.py) with a ring of stages between them.
 A tile is 128 features by 64, 128 or 256 rows of x; blocks stay, and their producers run ahead into the next tile. What is multiplied is
@@ -23,22 +26,23 @@ from ftops.numba_kernels.linear_sm90_load import make_produce, place
 from ftops.numba_kernels.linear_sm90_math import make_multiply
 
 CONSUMERS = 256  # threads
-# Tensor maps of W, x and int4's scales (for others, any); other scales, bias, residual (0 = not given), out; elements between rows of the
-# residual; rows of x, features, stages of a whole k, blocks that share it, whether all rows of out and of the residual begin on 8 bytes;
-# int4: logarithm of a group's pieces of 32 values of k, bytes of what four rows have; the activation.
-SIGNATURE = "ttt" + "pppp" + "l" + "iiiii" + "ii" + "iff"
+# Tensor maps of W, x and int4's scales (for others, any); other scales of W, scales of x, bias, residual (0 = not given), out; elements
+# between rows of the residual; rows of x, rows of W, of which gate (0: it has none), stages of a whole k, blocks that share it, whether all
+# rows of out and of the residual begin on 8 bytes; int4: logarithm of a group's pieces of 32 values of k, bytes of what four rows have; the
+# activation.
+SIGNATURE = "ttt" + "ppppp" + "l" + "iiiiii" + "ii" + "iff"
 
 
 def make(config: Config) -> Callable:
     stages, stage_bytes, w_bytes, columns = config.stages, np.uint32(config.stage_bytes), np.uint32(config.w_bytes), config.columns
     full_at, empty_at, last, n_acc = np.uint32(config.full_at), np.uint32(config.empty_at), np.uint32(stages - 1), columns // 2
-    of_consumers = np.uint32(CONSUMERS)
+    of_consumers, sum_type = np.uint32(CONSUMERS), np.int32 if config.kind == "int8_int8" else np.float32
     # 40 + 2 * 232 registers of three warpgroups' threads: all that the block was launched with, 504 of a lane of each.
     give, take, wait_0 = hopper.SETMAXNREG["dec", 40], hopper.SETMAXNREG["inc", 232], hopper.WGMMA_WAIT[0]
     produce, (place_w, multiply), (end, end_shared) = make_produce(config), make_multiply(config), make_finish(config)
 
-    def linear_sm90(w_map, x_map, scale_map, scale_gl, bias_gl, residual_gl, out_gl, residual_stride, rows, features, steps, splits, wide,
-                    group_shift, record, form, linear, cubic):
+    def linear_sm90(w_map, x_map, scale_map, scale_gl, x_scale_gl, bias_gl, residual_gl, out_gl, residual_stride, rows, features, half,
+                    steps, splits, wide, group_shift, record, form, linear, cubic):
         base = np.uint32((ptx.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00))
         thread = np.uint32(cuda.threadIdx.x)
         w_tensor, x_tensor, scale_tensor = hopper.tensor_map(w_map), hopper.tensor_map(x_map), hopper.tensor_map(scale_map)
@@ -50,7 +54,6 @@ def make(config: Config) -> Callable:
                 hopper.mbarrier_init(base + empty_at + np.uint32(8 * s), np.uint32(CONSUMERS // 32))
             hopper.fence_mbarrier_init()
         cuda.syncthreads()
-        ptx.wait_for_primary()
         ptx.launch_dependents()
 
         blocks = np.uint32(splits)
@@ -65,32 +68,34 @@ def make(config: Config) -> Callable:
             give()
             if thread == of_consumers:
                 produce(base, w_tensor, x_tensor, scale_tensor, tile, apart, of_features, of_rows, begin, np.uint32(begin + count),
-                        np.uint32(group_shift), np.uint32(record))
+                        half != np.int32(0), np.uint32(group_shift), np.uint32(record))
             if blocks != np.uint32(1):
                 # Every thread of a cluster takes part in its barriers, which the consumers pass twice; a warp does as one.
                 cuda.syncwarp()
-                hopper.cluster_arrive()
+                hopper.cluster_arrive_relaxed()
                 hopper.cluster_wait()
-                hopper.cluster_arrive()
+                hopper.cluster_arrive_relaxed()
                 hopper.cluster_wait()
             return
 
         take()
+        ptx.wait_for_primary()
         speaker = thread & np.uint32(31) == np.uint32(0)
         shift, bytes_of_four = np.uint32(group_shift), np.uint32(record)
         where = place_w(base, shift, bytes_of_four)
-        acc = cuda.local.array(n_acc, np.float32)
+        acc = cuda.local.array(n_acc, sum_type)
+        given, act = (scale_gl, x_scale_gl, bias_gl, residual_gl, residual_stride, out_gl), (form, linear, cubic)
         slot, phase = np.uint32(0), np.uint32(0)
         while tile < of_features * of_rows:
             feature_tile, row_tile = place(tile, of_features, of_rows)
             for i in range(n_acc):
-                acc[i] = np.float32(0)
+                acc[i] = sum_type(0)
             before, waiting = np.uint32(0), np.uint32(count)
             while waiting != np.uint32(0):
                 hopper.mbarrier_wait(base + full_at + np.uint32(8) * slot, phase)
                 stage = np.uint32(slot * stage_bytes)
-                multiply(acc, where, stage, base + stage + w_bytes, shift, bytes_of_four, before)
-                before = np.uint32(base + empty_at + np.uint32(8) * slot) if speaker else np.uint32(0)
+                now = np.uint32(base + empty_at + np.uint32(8) * slot) if speaker else np.uint32(0)
+                before = multiply(acc, where, stage, base + stage + w_bytes, shift, bytes_of_four, before, now)
                 phase = np.uint32(phase ^ np.uint32(slot == last))
                 slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
                 waiting = ptx.here(np.uint32(waiting - np.uint32(1)))
@@ -99,11 +104,9 @@ def make(config: Config) -> Callable:
                 hopper.mbarrier_arrive(before)
             first, first_row = np.int32(feature_tile * np.uint32(FEATURES)), np.int32(row_tile * np.uint32(columns))
             if blocks == np.uint32(1):
-                end(acc, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl, wide != 0, form, linear,
-                    cubic)
+                end(acc, first, first_row, rows, features, half, given, wide != 0, act)
             else:
-                end_shared(acc, base, block, blocks, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride,
-                           out_gl, wide != 0, form, linear, cubic)
+                end_shared(acc, base, block, blocks, first, first_row, rows, features, half, given, wide != 0, act)
             tile = np.uint32(tile + apart)
 
     return linear_sm90
@@ -112,7 +115,7 @@ def make(config: Config) -> Callable:
 def spec(config: Config, splits: int = 1) -> Spec:
     """splits: blocks of a cluster; the machine code is the same."""
     return Spec(make, config, SIGNATURE, threads=CONSUMERS + 128, shared_bytes=config.shared_bytes, cluster=splits, dependent=True,
-                only="sm_90a", halves=config.kind == "16-bit")
+                only="sm_90a", halves=config.kind == "16-bit" or config.narrow)
 
 
 def variants() -> Iterator[Spec]:

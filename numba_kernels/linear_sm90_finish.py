@@ -1,6 +1,7 @@
-"""What follows the product of the linear on Hopper: scale, bias, activation, residual, and the rows of out.
+"""What follows the product of the linear on Hopper: scales, bias, activation, gate, residual, and the rows of out.
 
-A thread holds features g and g + 8 of its warp's 16, rows 8 j + 2 t, + 1 of x, for every j: registers 4 j .. 4 j + 3, lane = 4 g + t.
+A thread holds rows g and g + 8 of its warp's 16 of W, rows 8 j + 2 t, + 1 of x, for every j: registers 4 j .. 4 j + 3, lane = 4 g + t.
+Gated, the former is one of gate and the latter the same of up.
 """
 from __future__ import annotations
 
@@ -14,18 +15,29 @@ from ftops.numba_kernels import ptx_sm90 as hopper
 from ftops.numba_kernels.activation import make_activate
 from ftops.numba_kernels.linear_sm90_config import Config
 
+# Fragments of which the code is written out; then the next take their place. Code that runs once a tile comes from memory each time that
+# a kernel starts, and the more registers are moved up, the longer that takes.
+WRITTEN_OUT = {64: 2, 128: 4, 192: 4, 256: 4}
+
 
 def make_finish(config: Config) -> tuple[Callable, Callable]:
-    """(end, end_shared): out[first_row : first_row + columns, first : first + 64] from a warpgroup's sums, to rows and features that exist.
+    """(end, end_shared): out[first_row : first_row + columns, first : first + 64, gated 32] from a warpgroup's sums, to rows and features
+    that exist.
 
     end(acc, ...): from its registers. end_shared(acc, base, block, blocks, ...): from those of all blocks of a cluster, through the shared
     memory of their stages, which no more is in use: each block does its share of the columns, and adds in the order of the blocks.
     A fragment, rows g and g + 8 of W times 8 of x, is rounded, turned, and halves are traded between neighbours: the four lanes of a row
-    of x then write 32 bytes, a whole sector. What is added last comes the same way back.
+    of x then write 32 bytes, a whole sector. What is added last comes the same way back. Gated, two fragments of 8 features each are put
+    together, and odd lanes have the rows of the second; in end_shared one at a time is, and odd lanes have nothing.
+
+    first, half: in rows of W; half: of gate, 0 where there is none. given: addresses of scales of W and of x, bias, residual, elements
+    between its rows, address of out. act: the activation.
     """
-    tiles, scaled, dtype = config.columns // 8, config.bits == 8, config.dtype
+    tiles, scaled, narrow, dtype = config.columns // 8, config.bits == 8, config.narrow, config.dtype
     low, high, pair, turn = ptx.LOW[dtype], ptx.HIGH[dtype], ptx.PAIR[dtype], ptx.movmatrix_trans
     neighbour, activate, consumers, own_bytes = ptx.shuffle_xor[1], make_activate(4), np.uint32(256), np.uint32(16 * 256)
+    count = WRITTEN_OUT[config.columns]
+    values, rows_at_once = 4 * count, 2 * count
 
     @cuda.jit(device=True, forceinline=True)
     def traded(word):
@@ -53,85 +65,125 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
             ptx.st_global_16_if(at + np.uint64(6), second >> np.uint32(16), np.uint32(here != np.uint32(0) and left > np.int32(3)))
 
     @cuda.jit(device=True, forceinline=True)
-    def emit(v, scale_0, scale_1, bias_0, bias_1, form, linear, cubic, residual_at, out_at, here, wide, left):
+    def weighed(value, x_scale, scale, bias):
+        if narrow:
+            return ptx.fma(value * x_scale, scale, bias)
+        return ptx.fma(value, scale, bias) if scaled else value + bias
+
+    @cuda.jit(device=True, forceinline=True)
+    def emit(a, b, c, d, residual_at, out_at, here, wide, left):
+        """a, b: a thread's values of the first half of what is put together; c, d: of the second."""
         odd = np.uint32(cuda.threadIdx.x) & np.uint32(1) != np.uint32(0)
-        for r in range(4):
-            bias = bias_0 if r < 2 else bias_1
-            v[r] = ptx.fma(v[r], scale_0 if r < 2 else scale_1, bias) if scaled else v[r] + bias
-        if form >= 0:
-            activate(v, form, linear, cubic)
         if residual_at != np.uint64(0):
             first, second = fetch(residual_at, here, wide, left)
             given = traded(first if odd else second)
             upper, lower = turn(given if odd else first), turn(second if odd else given)
-            v[0] += low(upper)
-            v[1] += high(upper)
-            v[2] += low(lower)
-            v[3] += high(lower)
-        upper, lower = turn(pair(v[0], v[1])), turn(pair(v[2], v[3]))
+            a, b, c, d = a + low(upper), b + high(upper), c + low(lower), d + high(lower)
+        upper, lower = turn(pair(a, b)), turn(pair(c, d))
         given = traded(upper if odd else lower)
         put(out_at, given if odd else upper, lower if odd else given, here, wide, left)
 
     @cuda.jit(device=True, forceinline=True)
-    def locate(first, first_row, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl):
-        """Scales and biases of a thread's two features; where its part of the first fragment is in the residual and in out; its row there,
-        and how many features are left from its first on."""
+    def locate(first, first_row, features, half, given):
+        """Scales and biases of a thread's two rows of W; where its part of the first fragment is in the residual and in out, and bytes from
+        there to the next 8 rows; its row there, and how many features are left from its first on."""
+        scale_gl, _, bias_gl, residual_gl, residual_stride, out_gl = given
         thread = np.uint32(cuda.threadIdx.x)
         lane = thread & np.uint32(31)
+        g, gated = np.int32(lane >> np.uint32(2)), half != np.int32(0)
+        odd, pairs = lane & np.uint32(1), np.uint32(2) * (lane & np.uint32(2))
         first = np.int32(first + np.int32((thread >> np.uint32(5)) * np.uint32(16)))
-        g = np.int32(lane >> np.uint32(2))
-        upper = np.uint64(np.uint32(min(np.int32(first + g), np.int32(features - np.int32(1)))))
-        lower = np.uint64(np.uint32(min(np.int32(first + g + np.int32(8)), np.int32(features - np.int32(1)))))
+        row, width, feature = np.int32(first_row + g), features, np.int32(first + np.int32(np.uint32(8) * odd + pairs))
+        last = np.int32(features - np.int32(1))
+        upper, lower = min(np.int32(first + g), last), min(np.int32(first + g + np.int32(8)), last)
+        if gated:
+            first = np.int32(first >> np.int32(1))
+            row, width, feature = np.int32(row + np.int32(np.uint32(8) * odd)), half, np.int32(first + np.int32(pairs))
+            upper = min(np.int32(first + g), np.int32(half - np.int32(1)))
+            lower = np.int32(upper + half)
+        upper_at, lower_at = np.uint64(np.uint32(upper)), np.uint64(np.uint32(lower))
         scale_0, scale_1, bias_0, bias_1 = np.float32(1), np.float32(1), np.float32(0), np.float32(0)
         if scaled:
-            scale_0 = ptx.ld_written_f32(scale_gl + np.uint64(4) * upper)
-            scale_1 = ptx.ld_written_f32(scale_gl + np.uint64(4) * lower)
+            scale_0 = ptx.ld_written_f32(scale_gl + np.uint64(4) * upper_at)
+            scale_1 = ptx.ld_written_f32(scale_gl + np.uint64(4) * lower_at)
         if bias_gl != np.uint64(0):
-            bias_0 = low(ptx.ld_written_16(bias_gl + np.uint64(2) * upper))
-            bias_1 = low(ptx.ld_written_16(bias_gl + np.uint64(2) * lower))
-        feature = np.int32(first + np.int32(np.uint32(8) * (lane & np.uint32(1)) + np.uint32(2) * (lane & np.uint32(2))))
-        row, along = np.int32(first_row + g), np.uint64(2) * np.uint64(np.uint32(feature))
-        residual_at = np.uint64(0)
+            bias_0 = low(ptx.ld_written_16(bias_gl + np.uint64(2) * upper_at))
+            bias_1 = low(ptx.ld_written_16(bias_gl + np.uint64(2) * lower_at))
+        along, whole_row = np.uint64(2) * np.uint64(np.uint32(feature)), np.uint64(np.uint32(row))
+        residual_at, residual_step = np.uint64(0), np.uint64(0)
         if residual_gl != np.uint64(0):
-            residual_at = residual_gl + np.uint64(2) * np.uint64(np.uint32(row)) * np.uint64(residual_stride) + along
-        out_at = out_gl + np.uint64(2) * np.uint64(np.uint32(row)) * np.uint64(np.uint32(features)) + along
-        return scale_0, scale_1, bias_0, bias_1, residual_at, out_at, row, np.int32(features - feature)
+            residual_at = residual_gl + np.uint64(2) * whole_row * np.uint64(residual_stride) + along
+            residual_step = np.uint64(16) * np.uint64(residual_stride)
+        out_at = out_gl + np.uint64(2) * whole_row * np.uint64(np.uint32(width)) + along
+        return ((scale_0, scale_1, bias_0, bias_1), residual_at, residual_step, out_at, np.uint64(16) * np.uint64(np.uint32(width)), row,
+                np.int32(width - feature))
 
     @cuda.jit(device=True, forceinline=True)
-    def end(acc, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl, wide, form, linear, cubic):
-        scale_0, scale_1, bias_0, bias_1, residual_at, out_at, row, left = locate(
-            first, first_row, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl)
-        out_step, residual_step = np.uint64(16) * np.uint64(np.uint32(features)), np.uint64(0)
-        if residual_gl != np.uint64(0):
-            residual_step = np.uint64(16) * np.uint64(residual_stride)
-        v = cuda.local.array(4, np.float32)
-        # Eight fragments at a time, then the next eight take their place: 32 of them written out would be 100 KB of machine code.
-        waiting = ptx.here(np.uint32(tiles // 8))
+    def scale_of(x_scale_gl, row, rows):
+        return ptx.ld_written_f32_if(x_scale_gl + np.uint64(4) * np.uint64(np.uint32(row)), np.uint32(row < rows), np.float32(0))
+
+    @cuda.jit(device=True, forceinline=True)
+    def end(acc, first, first_row, rows, features, half, given, wide, act):
+        of_two, residual_at, residual_step, out_at, out_step, row, left = locate(first, first_row, features, half, given)
+        scale_0, scale_1, bias_0, bias_1 = of_two
+        form, linear, cubic = act
+        gated = half != np.int32(0)
+        own_row = np.int32(first_row + np.int32(np.uint32(2) * (np.uint32(cuda.threadIdx.x) & np.uint32(3))))
+        upper = cuda.local.array(4, np.float32)
+        lower = cuda.local.array(4, np.float32)
+        x_scale = cuda.local.array(rows_at_once, np.float32)
+        for i in range(rows_at_once):
+            x_scale[i] = np.float32(1)
+        waiting = ptx.here(np.uint32(tiles // count))
         while waiting != np.uint32(0):
-            for j in range(8):
+            if narrow:
+                for i in range(rows_at_once):
+                    x_scale[i] = scale_of(given[1], np.int32(own_row + np.int32(8 * (i // 2) + i % 2)), rows)
+                own_row = np.int32(own_row + np.int32(8 * count))
+            for j in range(0, count, 2):
                 for r in range(4):
-                    v[r] = acc[4 * j + r]
+                    at, x_one = 4 * j + 4 * (r // 2) + r % 2, x_scale[2 * j + r]
+                    upper[r] = weighed(np.float32(acc[at]), x_one, scale_0, bias_0)
+                    lower[r] = weighed(np.float32(acc[at + 2]), x_one, scale_1, bias_1)
+                if form >= 0:
+                    activate(upper, form, linear, cubic)
+                if gated:
+                    for r in range(4):
+                        upper[r] *= lower[r]
+                elif form >= 0:
+                    activate(lower, form, linear, cubic)
                 here = np.uint32(row < rows and left > np.int32(0))
-                emit(v, scale_0, scale_1, bias_0, bias_1, form, linear, cubic, residual_at, out_at, here, wide, left)
+                third, fourth = upper[2] if gated else lower[0], upper[3] if gated else lower[1]
+                emit(upper[0], upper[1], third, fourth, residual_at, out_at, here, wide, left)
                 residual_at, out_at, row = residual_at + residual_step, out_at + out_step, np.int32(row + np.int32(8))
-            for i in range(4 * tiles - 32):
-                acc[i] = acc[i + 32]
+                if not gated:
+                    here = np.uint32(row < rows and left > np.int32(0))
+                    emit(upper[2], upper[3], lower[2], lower[3], residual_at, out_at, here, wide, left)
+                residual_at, out_at, row = residual_at + residual_step, out_at + out_step, np.int32(row + np.int32(8))
+            for i in range(4 * tiles - values):
+                acc[i] = acc[i + values]
             waiting = ptx.here(np.uint32(waiting - np.uint32(1)))
 
     @cuda.jit(device=True, forceinline=True)
-    def end_shared(acc, base, block, blocks, first, first_row, rows, features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl,
-                   wide, form, linear, cubic):
+    def end_shared(acc, base, block, blocks, first, first_row, rows, features, half, given, wide, act):
         mine = np.uint32(base + np.uint32(16) * np.uint32(cuda.threadIdx.x))
         hopper.bar_sync(np.uint32(1), consumers)  # the other warpgroup's products have read the stages, too
         for j in range(tiles):
-            ptx.st_shared_128(mine + np.uint32(j) * own_bytes, ptx.f32_bits(acc[4 * j]), ptx.f32_bits(acc[4 * j + 1]),
-                              ptx.f32_bits(acc[4 * j + 2]), ptx.f32_bits(acc[4 * j + 3]))
+            first_two = ptx.f32_bits(np.float32(acc[4 * j])), ptx.f32_bits(np.float32(acc[4 * j + 1]))
+            others = ptx.f32_bits(np.float32(acc[4 * j + 2])), ptx.f32_bits(np.float32(acc[4 * j + 3]))
+            ptx.st_shared_128(mine + np.uint32(j) * own_bytes, first_two[0], first_two[1], others[0], others[1])
         hopper.cluster_arrive()
         hopper.cluster_wait()
         share = ptx.div_u32(np.uint32(tiles), blocks)
         j = np.uint32(block * share)
-        scale_0, scale_1, bias_0, bias_1, residual_at, out_at, row, left = locate(
-            first, np.int32(first_row + np.int32(np.uint32(8) * j)), features, scale_gl, bias_gl, residual_gl, residual_stride, out_gl)
+        own_first = np.int32(first_row + np.int32(np.uint32(8) * j))
+        of_two, residual_at, residual_step, out_at, out_step, row, left = locate(first, own_first, features, half, given)
+        scale_0, scale_1, bias_0, bias_1 = of_two
+        form, linear, cubic = act
+        gated, lane = half != np.int32(0), np.uint32(cuda.threadIdx.x) & np.uint32(3)
+        own_row, last = np.int32(own_first + np.int32(np.uint32(2) * lane)), rows
+        if gated and lane & np.uint32(1) != np.uint32(0):
+            last = np.int32(0)
         v = cuda.local.array(4, np.float32)
         for _ in range(share):
             for r in range(4):
@@ -140,13 +192,22 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
                 more = hopper.ld_cluster_f32x4(np.uint32(mine + j * own_bytes), np.uint32(other))
                 for r in range(4):
                     v[r] += more[r]
-            here = np.uint32(row < rows and left > np.int32(0))
-            emit(v, scale_0, scale_1, bias_0, bias_1, form, linear, cubic, residual_at, out_at, here, wide, left)
-            out_at += np.uint64(16) * np.uint64(np.uint32(features))
-            if residual_gl != np.uint64(0):
-                residual_at += np.uint64(16) * np.uint64(residual_stride)
+            x_0, x_1 = np.float32(1), np.float32(1)
+            if narrow:
+                x_0, x_1 = scale_of(given[1], own_row, rows), scale_of(given[1], np.int32(own_row + np.int32(1)), rows)
+                own_row = np.int32(own_row + np.int32(8))
+            v[0], v[1] = weighed(v[0], x_0, scale_0, bias_0), weighed(v[1], x_1, scale_0, bias_0)
+            up_0, up_1 = weighed(v[2], x_0, scale_1, bias_1), weighed(v[3], x_1, scale_1, bias_1)
+            v[2], v[3] = up_0, up_1
+            if form >= 0:
+                activate(v, form, linear, cubic)
+            if gated:
+                v[0], v[1] = v[0] * up_0, v[1] * up_1
+            here = np.uint32(row < last and left > np.int32(0))
+            emit(v[0], v[1], v[2], v[3], residual_at, out_at, here, wide, left)
+            residual_at, out_at = residual_at + residual_step, out_at + out_step
             j, row = np.uint32(j + np.uint32(1)), np.int32(row + np.int32(8))
-        hopper.cluster_arrive()
+        hopper.cluster_arrive_relaxed()  # the loads are done; to release what was written to out would wait for memory
         hopper.cluster_wait()  # the others have read what this block holds
 
     return end, end_shared

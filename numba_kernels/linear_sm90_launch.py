@@ -9,16 +9,21 @@ import torch
 from ftops.numba_kernels import tuned
 from ftops.numba_kernels.launch import Kernel, capability, load, multiprocessors
 from ftops.numba_kernels.linear_sm90 import spec
-from ftops.numba_kernels.linear_sm90_config import CHUNK, COLUMNS, FEATURES, FROM_ROWS, Config, pick, splits_of, tiles_of
+from ftops.numba_kernels.linear_sm90_config import COLUMNS, FEATURES, FROM_ROWS, Config, pick, splits_of, tiles_of
 from ftops.numba_kernels.linear_tile import added, aligned_x, form_of, kind_of
 from ftops.numba_kernels.rows import DTYPE_NAME
 from ftops.numba_kernels.tma import tiles
 
+GATED_ROWS = 16  # gate and up together are a multiple of this
 
-def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this kernel is taken for x[..., K] and weight[N, width]: it was the fastest, or, unmeasured, from FROM_ROWS rows on."""
+
+def serves(x: torch.Tensor, weight: torch.Tensor, narrow: bool = False) -> bool:
+    """Whether this kernel is taken for x[..., K] and weight[N, width]: it was the fastest, or, unmeasured, from FROM_ROWS rows on.
+
+    narrow: with x rounded to the weight's 8 bits.
+    """
     kind = kind_of(weight.dtype)
-    return _wanted(kind, 0, x, weight.shape) and can_serve(x, weight)
+    return _wanted(f"{kind}_{kind}" if narrow else kind, 0, x, weight.shape) and can_serve(x, weight)
 
 
 def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -69,17 +74,20 @@ def _loaded(config: Config, splits: int, device: int) -> Kernel:
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
-           residual: torch.Tensor | None, picked: tuple[Config, int] | None = None) -> torch.Tensor:
-    """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32. picked: a tile, and how many blocks
-    share its k, in place of those that `pick` and `splits_of` give."""
-    N, width = weight.shape
-    scale_at = 0 if scales is None else scales.data_ptr()
+           residual: torch.Tensor | None, gated: bool = False, picked: tuple[Config, int] | None = None) -> torch.Tensor:
+    """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32. gated: N a multiple of 16. picked: a
+    tile, and how many blocks share its k, in place of those that `pick` and `splits_of` give."""
+    return _start((kind_of(weight.dtype), 0, weight.shape[1]), x, x.dtype, None, weight.shape[0], _by_rows(weight, scales, gated), bias,
+                  activation, residual, gated, picked)
 
-    def stored(config: Config) -> tuple[bytes | int, ...]:
-        w_map = tiles(weight.data_ptr(), weight.dtype, (width, N), (weight.stride(0),), (config.depth, FEATURES))
-        return w_map, w_map, scale_at, 0, 0
 
-    return _start((kind_of(weight.dtype), 0, width), x, N, stored, bias, activation, residual, picked)
+def launch_narrow(x: torch.Tensor, x_scales: torch.Tensor, dtype: torch.dtype, weight: torch.Tensor, scales: torch.Tensor,
+                  bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None, gated: bool = False,
+                  picked: tuple[Config, int] | None = None) -> torch.Tensor:
+    """x[rows, width] and weight[N, width], both int8 or both e4m3, x_scales[rows] and scales[N], float32, to [rows, N] of `dtype`."""
+    kind = kind_of(weight.dtype)
+    return _start((f"{kind}_{kind}", 0, weight.shape[1]), x, dtype, x_scales, weight.shape[0], _by_rows(weight, scales, gated), bias,
+                  activation, residual, gated, picked)
 
 
 def launch_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None,
@@ -95,25 +103,40 @@ def launch_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, fe
                           4 * record * groups * of_32), (4 * record, max(1, config.pieces >> shift), FEATURES // 32, 1))
         return w_map, scale_map, 0, shift, record
 
-    return _start(("int4", 32 * pieces // groups, x.shape[-1]), x, features, stored, bias, activation, residual, picked)
+    return _start(("int4", 32 * pieces // groups, x.shape[-1]), x, x.dtype, None, features, stored, bias, activation, residual, False,
+                  picked)
 
 
-def _start(weight: tuple[str, int, int], x: torch.Tensor, N: int, stored: Callable[[Config], tuple[bytes | int, ...]],
-           bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None,
-           picked: tuple[Config, int] | None) -> torch.Tensor:
-    """weight: kind, values of k that share a scale of int4, columns. stored(config): maps of W and of int4's scales, address of other
-    scales, how int4 is grouped."""
-    rows, device = x.numel() // x.shape[-1], x.device.index
-    out = x.new_empty((*x.shape[:-1], N))
+def _by_rows(weight: torch.Tensor, scales: torch.Tensor | None, gated: bool) -> Callable[[Config], tuple[bytes | int, ...]]:
+    """`stored` of a weight [N, width]. gated: rows by eights, of gate and of up in turn."""
+    (N, width), stride = weight.shape, weight.stride(0)
+
+    def stored(config: Config) -> tuple[bytes | int, ...]:
+        if gated:
+            w_map = tiles(weight.data_ptr(), weight.dtype, (width, 8, 2, N // 16), (stride, N // 2 * stride, 8 * stride),
+                          (config.depth, 8, 2, FEATURES // 16))
+        else:
+            w_map = tiles(weight.data_ptr(), weight.dtype, (width, N, 1, 1), (stride, 0, 0), (config.depth, FEATURES, 1, 1))
+        return w_map, w_map, 0 if scales is None else scales.data_ptr(), 0, 0
+    return stored
+
+
+def _start(weight: tuple[str, int, int], x: torch.Tensor, dtype: torch.dtype, x_scales: torch.Tensor | None, N: int,
+           stored: Callable[[Config], tuple[bytes | int, ...]], bias: torch.Tensor | None, activation: str | None,
+           residual: torch.Tensor | None, gated: bool, picked: tuple[Config, int] | None) -> torch.Tensor:
+    """weight: kind, values of k that share a scale of int4, columns; dtype: of the result. stored(config): maps of W and of int4's scales,
+    address of other scales, how int4 is grouped."""
+    rows, device, half = x.numel() // x.shape[-1], x.device.index, N // 2 if gated else 0
+    out = x.new_empty((*x.shape[:-1], half or N), dtype=dtype)
     x, x_stride, K = aligned_x(x, rows)
     bias_at, residual_at, residual_stride, _held = added(bias, residual)
-    wide = not (N % 4 or residual_stride % 4 or residual_at % 8)
-    config, splits = picked or _picked(*weight[:2], x.dtype, rows, N, weight[2], K, device)
+    wide = not ((half or N) % 4 or residual_stride % 4 or residual_at % 8)
+    config, splits = picked or _picked(*weight[:2], dtype, rows, N, weight[2], K, device)
     of_features, of_rows = tiles_of(config, rows, N)
     blocks = of_features * of_rows * splits if splits > 1 else min(of_features * of_rows, multiprocessors(device))
     w_map, scale_map, scale_at, shift, record = stored(config)
-    x_map = tiles(x.data_ptr(), x.dtype, (K, rows), (x_stride,), (CHUNK, config.columns))
+    x_map = tiles(x.data_ptr(), x.dtype, (K, rows), (x_stride,), (config.chunk, config.columns))
     _loaded(config, splits, device)(
-        blocks, 1, 1, w_map, x_map, scale_map, scale_at, bias_at, residual_at, out.data_ptr(), residual_stride, rows, N,
-        -(-K // config.depth), splits, wide, shift, record, *form_of(activation))
+        blocks, 1, 1, w_map, x_map, scale_map, scale_at, 0 if x_scales is None else x_scales.data_ptr(), bias_at, residual_at,
+        out.data_ptr(), residual_stride, rows, N, half, -(-K // config.depth), splits, wide, shift, record, *form_of(activation))
     return out

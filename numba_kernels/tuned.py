@@ -30,6 +30,7 @@ _LOG = logging.getLogger("ftops")
 _FORMAT = 1
 LIBRARY = "library"  # the name of PyTorch's own product, cuBLASLt
 ROWS = tuple(2 ** n for n in range(14))  # of x that are measured; others go by the next larger one
+_OPS = {"16-bit": "linear", "int8": "linear_w8a16", "e4m3": "linear_fp8", "e4m3_e4m3": "linear_fp8", "int8_int8": "linear_w8a8"}
 T = TypeVar("T")
 Winners = dict[str, dict[int, str]]  # by problem, then by rows
 UNTUNED: set[int | None] = set()  # devices without a file, as is known since the first question: the others then cost a launch 0.1 us
@@ -37,7 +38,7 @@ UNTUNED: set[int | None] = set()  # devices without a file, as is known since th
 
 def op_of(kind: str, group_size: int = 0) -> str:
     """The op of weights of `kind`, as problems name it."""
-    return {"16-bit": "linear", "int8": "linear_w8a16", "e4m3": "linear_fp8"}.get(kind) or f"linear_w4a16 g{group_size}"
+    return _OPS.get(kind) or f"linear_w4a16 g{group_size}"
 
 
 def problem(op: str, dtype: torch.dtype, N: int, K: int) -> str:

@@ -65,27 +65,45 @@ def _cuda() -> Callable[..., Any]:
 def make_few_rows() -> Callable[..., torch.Tensor]:
     """few_rows(x, weight, scales, bias, activation, residual): by the kernel that reads weights of 16 or 8 bits once."""
     from ftops.numba_kernels.linear import GATED_ROWS, launch
-
-    def few_rows(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
-                 residual: torch.Tensor | None) -> torch.Tensor:
-        if activation not in GLU:
-            return launch(x, weight, scales, bias, activation, residual)
-        if weight.shape[0] % GATED_ROWS:
-            return followed(launch(x, weight, scales, bias, None, None), None, activation, residual)
-        return launch(x, weight, scales, bias, GLU[activation], residual, gated=True)
-    return few_rows
+    run = with_gate(launch, GATED_ROWS)
+    return lambda x, weight, *rest: run(weight.shape[0], x, weight, *rest)
 
 
 def make_many_rows() -> Callable[..., torch.Tensor]:
-    """many_rows(x, weight, scales, bias, activation, residual): by the kernel for many rows on Hopper; a gate is a launch behind it."""
-    from ftops.numba_kernels.linear_sm90_launch import launch
+    """many_rows(x, weight, scales, bias, activation, residual): by the kernel for many rows on Hopper."""
+    from ftops.numba_kernels.linear_sm90_launch import GATED_ROWS, launch
+    run = with_gate(launch, GATED_ROWS)
+    return lambda x, weight, *rest: run(weight.shape[0], x, weight, *rest)
 
-    def many_rows(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
-                  residual: torch.Tensor | None) -> torch.Tensor:
-        if activation in GLU:
-            return followed(launch(x, weight, scales, bias, None, None), None, activation, residual)
-        return launch(x, weight, scales, bias, activation, residual)
-    return many_rows
+
+def make_narrow(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """narrow(x, smooth, values, scales, bias, activation, residual): x, or x / smooth, is rounded to values' `dtype`, a scale a row, and
+    multiplied by the kernel for many rows on Hopper."""
+    from ftops.numba_kernels.linear_sm90_launch import GATED_ROWS, launch_narrow
+    from ftops.numba_kernels.quantise_rows import launch as quantise
+    run = with_gate(launch_narrow, GATED_ROWS)
+
+    def narrow(x: torch.Tensor, smooth: torch.Tensor | None, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
+               activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
+        x8, x_scales = quantise(x, dtype, smooth)
+        if residual is not None:
+            residual = residual.reshape(-1, residual.shape[-1])
+        y = run(values.shape[0], x8, x_scales, x.dtype, values, scales, bias, activation, residual)
+        return y.view(*x.shape[:-1], -1)
+    return narrow
+
+
+def with_gate(launch: Callable[..., torch.Tensor], multiple: int) -> Callable[..., torch.Tensor]:
+    """run(N, ..., bias, activation, residual): `launch` where it knows the activation. Its gate and up are a multiple of `multiple` rows
+    together; of others the gate is a launch behind it."""
+    def run(N: int, *given: Any) -> torch.Tensor:
+        *operands, bias, activation, residual = given
+        if activation not in GLU:
+            return launch(*given)
+        if N % multiple:
+            return followed(launch(*operands, bias, None, None), None, activation, residual)
+        return launch(*operands, bias, GLU[activation], residual, gated=True)
+    return run
 
 
 def fake(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:

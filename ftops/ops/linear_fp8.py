@@ -1,8 +1,8 @@
 """A linear layer with weights in float8 e4m3: y = act(x W^T + bias) + residual, W = values * scale, one scale a row.
 
 The values lie as W does, row by row. On a GPU few rows of x, as they are, meet them in one kernel at memory speed. For more, x is rounded
-to e4m3 as well, one scale a row, and the library multiplies in eight bits (compute capability 8.9 and up, features a multiple of 16);
-elsewhere W is written out in x's dtype.
+to e4m3 as well, one scale a row, and a kernel of ours (on Hopper, where it is faster) or the library multiplies in eight bits (compute
+capability 8.9 and up, features a multiple of 16); elsewhere W is written out in x's dtype.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ftops.op import Case, register, straight
-from ftops.ops.linear import columns, fake, followed, library, make_few_rows, make_many_rows
+from ftops.ops.linear import columns, fake, followed, library, make_few_rows, make_many_rows, make_narrow
 from ftops.ops.linear import reference as linear_reference
 from ftops.ops.linear_w8a16 import check_8bit
 from ftops.samples import randn
@@ -41,11 +41,9 @@ KERNEL = "linear"  # its file serves this op too
 
 
 def _cuda() -> Callable[..., Any]:
-    from ftops.numba_kernels.launch import capability
     from ftops.numba_kernels.linear import serves
     from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
-    from ftops.numba_kernels.quantise_rows import launch as quantise
-    few_rows, many_rows = make_few_rows(), make_many_rows()
+    few_rows, many_rows, narrow, narrow_library = make_few_rows(), make_many_rows(), make_narrow(FP8), make_narrow_library()
 
     def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
                residual: torch.Tensor | None) -> torch.Tensor:
@@ -53,14 +51,29 @@ def _cuda() -> Callable[..., Any]:
             return few_rows(x, values, scales, bias, activation, residual)
         if serves_many(x, values):
             return many_rows(x, values, scales, bias, activation, residual)
+        if serves_many(x, values, narrow=True):
+            return narrow(x, None, values, scales, bias, activation, residual)
         N, width = values.shape
-        eight_bits = capability(x.device.index) >= (8, 9) and not (N | width) % 16 and values.is_contiguous()
-        if not eight_bits or x.dtype is torch.float32 or not x.numel():
+        if (N | width) % 16 or not values.is_contiguous() or x.dtype is torch.float32 or not x.numel() or not multiplies_fp8(x.device):
             return _library(x, values, scales, bias, activation, residual)
+        return narrow_library(x, values, scales, bias, activation, residual)
+    return linear
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    from ftops.numba_kernels.launch import capability
+    return capability(device.index) >= (8, 9)
+
+
+def make_narrow_library() -> Callable[..., torch.Tensor]:
+    """narrow(x, values, scales, bias, activation, residual): x rounded to e4m3, and the library's product."""
+    from ftops.numba_kernels.quantise_rows import launch as quantise
+
+    def narrow(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
         x8, x_scales = quantise(x, FP8, None)
         y = torch._scaled_mm(x8, values.t(), scale_a=x_scales.unsqueeze(1), scale_b=scales.unsqueeze(0), out_dtype=torch.bfloat16)
-        return followed(y.to(x.dtype).view(*x.shape[:-1], N), bias, activation, residual)
-    return linear
+        return followed(y.to(x.dtype).view(*x.shape[:-1], -1), *rest)
+    return narrow
 
 
 LINEAR_FP8 = register("linear_fp8(Tensor x, Tensor values, Tensor scales, Tensor? bias, str? activation, Tensor? residual) -> Tensor",

@@ -12,7 +12,7 @@ import torch
 
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
 from ftops.ops.gated_activation import GLU
-from ftops.ops.linear import check_beside_weight, columns, followed, library
+from ftops.ops.linear import check_beside_weight, columns, followed, library, with_gate
 from ftops.ops.linear import reference as linear_reference
 from ftops.packing import PIECE_K, dequantise_4bit, described, pack_4bit, pack_groups, tiles_of
 from ftops.samples import randn
@@ -46,22 +46,19 @@ def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels import linear_sm90_launch as hopper
     from ftops.numba_kernels import linear_w4a16 as few
     from ftops.numba_kernels.dequantise import launch as dequantise
+    few_rows = with_gate(few.launch, few.GATED_ROWS)
 
     def linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
         if x.dtype is torch.float32:
             return _library(x, packed, scales, features, *rest)
         if few.serves(x, packed, scales, features, MAX_ROWS):
-            launch = few.launch
-        elif hopper.serves_w4a16(x, packed, scales, features):
-            launch = hopper.launch_w4a16
-        else:
-            return library(x, dequantise(packed, scales, features, x.shape[-1]), *rest)
+            return few_rows(features, x, packed, scales, features, *rest)
         bias, activation, residual = rest
-        if activation in GLU and launch is few.launch and not features % few.GATED_ROWS:
-            return launch(x, packed, scales, features, bias, GLU[activation], residual, gated=True)
+        if not hopper.serves_w4a16(x, packed, scales, features):
+            return library(x, dequantise(packed, scales, features, x.shape[-1]), bias, activation, residual)
         if activation in GLU:
-            return followed(launch(x, packed, scales, features, bias, None, None), None, activation, residual)
-        return launch(x, packed, scales, features, *rest)
+            return followed(hopper.launch_w4a16(x, packed, scales, features, bias, None, None), None, activation, residual)
+        return hopper.launch_w4a16(x, packed, scales, features, bias, activation, residual)
     return linear
 
 

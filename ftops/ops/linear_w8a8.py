@@ -1,8 +1,8 @@
 """A linear layer in 8-bit integers: y = act((x / smooth) W^T + bias) + residual, W = values * scale, one scale a row.
 
 smooth moves the outliers of activations, a column each, into the weights (Xiao et al., "SmoothQuant", 2023); W is what was multiplied
-with it. On a GPU, many rows of x / smooth are rounded to int8, one scale a row, and the library multiplies in integers; few meet the
-weights as they are, in one kernel at memory speed.
+with it. On a GPU, many rows of x / smooth are rounded to int8, one scale a row, and a kernel of ours (on Hopper, where it is faster) or the
+library multiplies in integers; few meet the weights as they are, in one kernel at memory speed.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from ftops.op import Case, check_beside, invalid, register, straight
 from ftops.ops.gated_activation import GLU
-from ftops.ops.linear import columns, fake, followed
+from ftops.ops.linear import columns, fake, followed, make_narrow
 from ftops.ops.linear_w8a16 import LINEAR_W8A16, MAX_ROWS, check_8bit
 from ftops.ops.linear_w8a16 import reference as w8a16_reference
 from ftops.packing import described
@@ -40,21 +40,34 @@ ON_CPU = "PyTorch and Numba"  # the latter for one row of x
 
 
 def _cuda() -> Callable[..., Any]:
-    from ftops.numba_kernels.quantise_rows import launch as quantise
-    from ftops.numba_kernels.scale_product import launch as scale_product
+    from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
+    narrow, narrow_library = make_narrow(torch.int8), make_narrow_library()
 
     def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, *rest: Any) -> torch.Tensor:
         N, width = values.shape
-        many = x.numel() > MAX_ROWS * x.shape[-1] and x.dtype is not torch.float32
-        if not many or (N | width) % 16 or not values.is_contiguous():
+        if x.numel() <= MAX_ROWS * x.shape[-1] or x.dtype is torch.float32:
             return LINEAR_W8A16(smoothed(x, smooth), values, scales, *rest)
-        x8, x_scales = quantise(x, torch.int8, smooth)
-        product, (bias, activation, residual) = torch._int_mm(x8, values.t()), rest
-        if activation in GLU:
-            y = scale_product(product, x_scales, scales, x.dtype, bias, None, None).view(*x.shape[:-1], N)
-            return followed(y, None, activation, residual)
-        return scale_product(product, x_scales, scales, x.dtype, *rest).view(*x.shape[:-1], N)
+        if serves_many(x, values, narrow=True):
+            return narrow(x, smooth, values, scales, *rest)
+        if (N | width) % 16 or not values.is_contiguous():
+            return LINEAR_W8A16(smoothed(x, smooth), values, scales, *rest)
+        return narrow_library(x, smooth, values, scales, *rest)
     return linear
+
+
+def make_narrow_library() -> Callable[..., torch.Tensor]:
+    """narrow(x, smooth, values, scales, bias, activation, residual): x / smooth rounded to int8, and the library's product."""
+    from ftops.numba_kernels.quantise_rows import launch as quantise
+    from ftops.numba_kernels.scale_product import launch as scale_product
+
+    def narrow(x: torch.Tensor, smooth: torch.Tensor | None, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
+               activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
+        x8, x_scales = quantise(x, torch.int8, smooth)
+        product, late = torch._int_mm(x8, values.t()), activation in GLU
+        y = scale_product(product, x_scales, scales, x.dtype, bias, None if late else activation, None if late else residual)
+        y = y.view(*x.shape[:-1], -1)
+        return followed(y, None, activation, residual) if late else y
+    return narrow
 
 
 LINEAR_W8A8 = register("linear_w8a8(Tensor x, Tensor values, Tensor scales, Tensor? smooth, Tensor? bias, str? activation, "
