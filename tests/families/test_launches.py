@@ -1,10 +1,13 @@
-"""A step that launches more than it needs: every operator of a layer of a decode step is one of ours, and they are few."""
+"""A step that launches more than it needs: every operator of a layer of a decode step is one of ours, and one launch, and they are few."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ftops
@@ -13,6 +16,7 @@ from ftops.integrations.transformers.layer import FusedLayer
 from tests.families.tiny import prompt, tiny
 
 MOST = 8
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gptj", "gpt2")
 VIEWS = {"chunk", "view", "_unsafe_view", "transpose", "split_with_sizes", "flatten", "alias", "slice", "unsqueeze", "expand", "t",
          "as_strided", "detach"}
 
@@ -31,27 +35,56 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("quant", [None, "int8", "int4"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gptj", "gpt2"])
-@torch.inference_mode()
-def test_operators_of_a_layer(family, quant, monkeypatch):
-    """norm, QKV, rotary with norms and the write to the cache, attention, output, norm with the sum, gate and up with activation, down."""
-    model = ftops.patch(tiny(family), quant=quant)
-    ids = prompt(batch=2, length=5)[0]
-    decoder = CausalDecoder(model, 2, 16, True)
+@contextmanager
+def operators(names: list[str]) -> Iterator[None]:
+    with Seen() as mode:
+        yield
+    names += mode.names
+
+
+@contextmanager
+def launches(names: list[str]) -> Iterator[None]:
+    """The kernels, copies and fills that the GPU runs."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        yield
+        torch.cuda.synchronize()
+    names += [event.name for event in seen.events() if event.device_type is DeviceType.CUDA]
+
+
+def of_each_layer(model: torch.nn.Module, watch: Callable, capacity: int, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What `watch` sees of every layer in the second step of a decoder, which has loaded and allocated all it needs."""
+    ids = prompt(batch=2, length=5)[0].to(model.device)
+    decoder = CausalDecoder(model, 2, capacity, True)
     decoder.prefill(ids, None, None)
+    decoder.step(ids[:, -1:])
     original, seen = FusedLayer.forward, []
 
     def watched(self, *args, **kwargs):
-        with Seen() as mode:
-            out = original(self, *args, **kwargs)
-        seen.append(mode.names)
-        return out
+        seen.append([])
+        with watch(seen[-1]):
+            return original(self, *args, **kwargs)
 
     for kind in {type(module) for module in model.modules() if isinstance(module, FusedLayer)}:
         monkeypatch.setattr(kind, "forward", watched, raising=False)
     decoder.step(ids[:, -1:])
     assert len(seen) == model.config.num_hidden_layers
-    for names in seen:
+    return seen
+
+
+@pytest.mark.parametrize("quant", [None, "int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_operators_of_a_layer(family, quant, monkeypatch):
+    """norm, QKV, rotary with norms and the write to the cache, attention, output, norm with the sum, gate and up with activation, down."""
+    for names in of_each_layer(ftops.patch(tiny(family), quant=quant), operators, 16, monkeypatch):
         assert all(name.startswith("ftops::") for name in names), names
+        assert 7 <= len(names) <= MOST, names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_launches_of_a_layer(family, monkeypatch):
+    """In a cache so long that attention splits the keys over many blocks, whose results meet in the same launch."""
+    for names in of_each_layer(ftops.patch(tiny(family, "cuda", torch.bfloat16)), launches, 4096, monkeypatch):
         assert 7 <= len(names) <= MOST, names
