@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ftops.ops import op_module
-from ftops.ops.candidates import OF_FORMAT, Offer, Run, measured_rows
+from ftops.ops.candidates import OF_FORMAT, Offer, Run, as_multiplied, measured_rows
 from ftops.quant import FORMATS
 from ftops.timing import Side, allowed_error, copies_for, error, median, one_round, prepare, rounds_for
 
@@ -43,11 +43,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [N, K]: the tensors that the op takes, several times, and the weight that they stand for."""
+    """A weight [N, K]: the tensors that the op takes, several times, the weight that they stand for, and their format."""
 
     offer: Offer
     tensors: list[tuple[Any, ...]]
     dense: torch.Tensor
+    format: str | None = None
 
 
 def random_weight(format: str | None, N: int, K: int, dtype: torch.dtype, device: torch.device) -> Weight:
@@ -61,7 +62,7 @@ def random_weight(format: str | None, N: int, K: int, dtype: torch.dtype, device
     size = sum(tensor.nbytes for tensor in tensors)
     copies = [tensors, *(tuple(tensor.clone() for tensor in tensors)
                          for _ in range(copies_for(size, size) - 1 if device.type == "cuda" else 0))]
-    return Weight(OF_FORMAT[format], [(*copy, N) if format == "int4" else copy for copy in copies], dense)
+    return Weight(OF_FORMAT[format], [(*copy, N) if format == "int4" else copy for copy in copies], dense, format)
 
 
 def tune(weight: Weight, stopwatch: Callable[..., list[float]], rows: Sequence[int] | None = None,
@@ -80,14 +81,15 @@ def measured(problem: str, candidates: dict[str, Run], x: torch.Tensor, weight: 
     """Raises RuntimeError if no candidate is right."""
     inputs = [(x.clone() if place else x, *tensors) for place, tensors in enumerate(weight.tensors)]
     choice, sides = Choice(problem, len(x), next(iter(candidates))), []
-    expected = op_module("linear").reference(x[:CHECKED].float(), weight.dense.float(), None, None, None)
+    seen = as_multiplied(weight.format, x[:CHECKED], len(x))
+    expected = op_module("linear").reference(seen, weight.dense.float(), None, None, None)
     errors = {}
     for name, run in candidates.items():
         try:
             errors[name] = error(run(*inputs[0])[:CHECKED], expected)
         except RuntimeError as reason:  # a configuration that this GPU or driver refuses
             choice.refused[name] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:100]}"
-    allowed = allowed_error(expected, x.dtype, [error(F.linear(x[:CHECKED], weight.dense), expected)])
+    allowed = allowed_error(expected, x.dtype, [error(F.linear(seen.to(x.dtype), weight.dense), expected)])
     for name, found in errors.items():
         if found <= allowed:
             sides.append(Side(name, lambda given, run=candidates[name]: run(*given)))

@@ -33,9 +33,9 @@ def tune_model(model: str | Path | None = None, formats: list[str] | None = None
                dtype: str | None = None) -> tuple[list[Choice], Path]:
     """Measures the shapes of `model` (a folder or a hub id; None is the embedded one) in each format; the winners, and their file.
 
-    formats: "none" (16 bits, the default), int8, int4, fp8; w8a8 reads few rows as int8 does. Raises ValueError.
+    formats: "none" (16 bits, the default), int8, int4, fp8, w8a8. Raises ValueError.
     """
-    allowed = [PLAIN, *filter(None, OF_FORMAT), "w8a8"]
+    allowed = [PLAIN, *filter(None, OF_FORMAT)]
     for name in formats or []:
         if name not in allowed:
             raise ValueError(f"tune: --quant is {name}; allowed: {', '.join(allowed)}")
@@ -49,7 +49,7 @@ def tune_model(model: str | Path | None = None, formats: list[str] | None = None
     place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
     shapes, own = shapes_of(model or EMBEDDED)
     of_x = DTYPES.get(dtype or own, torch.bfloat16)
-    asked = dict.fromkeys(None if name == PLAIN else "int8" if name == "w8a8" else name for name in formats or [PLAIN])
+    asked = dict.fromkeys(None if name == PLAIN else name for name in formats or [PLAIN])
     choices: list[Choice] = []
     with torch.cuda.device(place), bar("", len(asked) * len(shapes) * len(measured_rows())) as advance:
         stopwatch = Stopwatch(place)

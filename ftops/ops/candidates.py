@@ -50,9 +50,20 @@ def of_linear_w8a16(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor)
 
 
 def of_linear_fp8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> tuple[str, dict[str, Run]]:
-    """The library, and our kernels at more rows, are left out: the op then rounds x to eight bits, which is another result."""
-    name, found = _of_rows("linear_fp8", x, values, None)
-    return name, found if len(x) <= op_module("linear_fp8").MAX_ROWS else {}
+    """Few rows are not offered the library, nor more rows kernels of 16 bits: to round x to eight bits or not is another result."""
+    op = op_module("linear_fp8")
+    if len(x) <= op.MAX_ROWS:
+        return _of_rows("linear_fp8", x, values, None)
+    able = op.multiplies_fp8(x.device) and not (values.shape[0] | values.shape[1]) % 16
+    return _of_narrow(x, values, op.make_narrow_library() if able else None)
+
+
+def of_linear_w8a8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> tuple[str, dict[str, Run]]:
+    """Few rows are multiplied as linear_w8a16 does. Of a weight without `smooth`, which is divided by before."""
+    op = op_module("linear_w8a8")
+    if len(x) <= op.MAX_ROWS:
+        return of_linear_w8a16(x, values, scales)
+    return _of_narrow(x, values, None if (values.shape[0] | values.shape[1]) % 16 else op.make_narrow_library())
 
 
 def of_linear_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int) -> tuple[str, dict[str, Run]]:
@@ -75,7 +86,18 @@ def of_linear_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor,
             _ordered("int4", few, many, library, len(x), most))
 
 
-OF_FORMAT: dict[str | None, Offer] = {None: of_linear, "int8": of_linear_w8a16, "fp8": of_linear_fp8, "int4": of_linear_w4a16}
+OF_FORMAT: dict[str | None, Offer] = {None: of_linear, "int8": of_linear_w8a16, "fp8": of_linear_fp8, "int4": of_linear_w4a16,
+                                      "w8a8": of_linear_w8a8}
+_EIGHT_BITS = {"fp8": torch.float8_e4m3fn, "w8a8": torch.int8}
+
+
+def as_multiplied(format: str | None, x: torch.Tensor, rows: int) -> torch.Tensor:
+    """x, some of `rows` rows, as the op of the format multiplies it, in float32."""
+    if format not in _EIGHT_BITS or rows <= op_module(f"linear_{format}").MAX_ROWS:
+        return x.float()
+    from ftops.numba_kernels.quantise_rows import launch as quantise
+    values, scales = quantise(x, _EIGHT_BITS[format], None)
+    return values[:, :x.shape[1]].float() * scales.unsqueeze(1)
 
 
 def _of_rows(op: str, x: torch.Tensor, weight: torch.Tensor, library: Run | None) -> tuple[str, dict[str, Run]]:
@@ -96,12 +118,31 @@ def _of_rows(op: str, x: torch.Tensor, weight: torch.Tensor, library: Run | None
     return tuned.problem(tuned.op_of(kind), x.dtype, *weight.shape), _ordered(kind, few, many, library, len(x), most)
 
 
+def _of_narrow(x: torch.Tensor, weight: torch.Tensor, library: Run | None) -> tuple[str, dict[str, Run]]:
+    """Of more rows than are multiplied as they are, which are rounded to the weight's eight bits."""
+    from ftops.numba_kernels import linear_sm90_launch as hopper
+    from ftops.numba_kernels import tuned
+    from ftops.numba_kernels.linear_tile import kind_of
+    kind = f"{kind_of(weight.dtype)}_{kind_of(weight.dtype)}"
+    many: dict[str, Run] = {}
+    if hopper.can_serve(x, weight):
+        narrow = op_module("linear").make_narrow(weight.dtype)
+        many = {name: partial(_without_smooth, narrow, picked=picked)
+                for name, picked in _on_hopper(kind, x, weight.shape[0], x.shape[1]).items()}
+    others = library and partial(_without_smooth, library)
+    return tuned.problem(tuned.op_of(kind), x.dtype, *weight.shape), _ordered(kind, {}, many, others, len(x), 0)
+
+
 def _rows(launch: Run, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, **picked: Any) -> torch.Tensor:
     return launch(x, weight, scales, None, None, None, **picked)
 
 
 def _w4a16(launch: Run, x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, **picked: Any) -> torch.Tensor:
     return launch(x, packed, scales, features, None, None, None, **picked)
+
+
+def _without_smooth(narrow: Run, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, **picked: Any) -> torch.Tensor:
+    return narrow(x, None, values, scales, None, None, None, **picked)
 
 
 def _fitting(candidates: dict[str, Any], device: torch.device) -> dict[str, Any]:

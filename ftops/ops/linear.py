@@ -78,17 +78,15 @@ def make_many_rows() -> Callable[..., torch.Tensor]:
 
 def make_narrow(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """narrow(x, smooth, values, scales, bias, activation, residual): x, or x / smooth, is rounded to values' `dtype`, a scale a row, and
-    multiplied by the kernel for many rows on Hopper."""
+    multiplied by the kernel for many rows on Hopper. picked: as its launch has it."""
     from ftops.numba_kernels.linear_sm90_launch import GATED_ROWS, launch_narrow
     from ftops.numba_kernels.quantise_rows import launch as quantise
     run = with_gate(launch_narrow, GATED_ROWS)
 
     def narrow(x: torch.Tensor, smooth: torch.Tensor | None, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
-               activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
+               activation: str | None, residual: torch.Tensor | None, **picked: Any) -> torch.Tensor:
         x8, x_scales = quantise(x, dtype, smooth)
-        if residual is not None:
-            residual = residual.reshape(-1, residual.shape[-1])
-        y = run(values.shape[0], x8, x_scales, x.dtype, values, scales, bias, activation, residual)
+        y = run(values.shape[0], x8, x_scales, x.dtype, values, scales, bias, activation, residual, **picked)
         return y.view(*x.shape[:-1], -1)
     return narrow
 
@@ -96,13 +94,13 @@ def make_narrow(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
 def with_gate(launch: Callable[..., torch.Tensor], multiple: int) -> Callable[..., torch.Tensor]:
     """run(N, ..., bias, activation, residual): `launch` where it knows the activation. Its gate and up are a multiple of `multiple` rows
     together; of others the gate is a launch behind it."""
-    def run(N: int, *given: Any) -> torch.Tensor:
+    def run(N: int, *given: Any, **picked: Any) -> torch.Tensor:
         *operands, bias, activation, residual = given
         if activation not in GLU:
-            return launch(*given)
+            return launch(*given, **picked)
         if N % multiple:
-            return followed(launch(*operands, bias, None, None), None, activation, residual)
-        return launch(*operands, bias, GLU[activation], residual, gated=True)
+            return followed(launch(*operands, bias, None, None, **picked), None, activation, residual)
+        return launch(*operands, bias, GLU[activation], residual, gated=True, **picked)
     return run
 
 

@@ -56,7 +56,7 @@ def _cuda() -> Callable[..., Any]:
         N, width = values.shape
         if (N | width) % 16 or not values.is_contiguous() or x.dtype is torch.float32 or not x.numel() or not multiplies_fp8(x.device):
             return _library(x, values, scales, bias, activation, residual)
-        return narrow_library(x, values, scales, bias, activation, residual)
+        return narrow_library(x, None, values, scales, bias, activation, residual)
     return linear
 
 
@@ -66,11 +66,11 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 
 def make_narrow_library() -> Callable[..., torch.Tensor]:
-    """narrow(x, values, scales, bias, activation, residual): x rounded to e4m3, and the library's product."""
+    """narrow(x, None, values, scales, bias, activation, residual): x rounded to e4m3, and the library's product."""
     from ftops.numba_kernels.quantise_rows import launch as quantise
 
-    def narrow(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
-        x8, x_scales = quantise(x, FP8, None)
+    def narrow(x: torch.Tensor, smooth: None, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
+        x8, x_scales = quantise(x, FP8, smooth)
         y = torch._scaled_mm(x8, values.t(), scale_a=x_scales.unsqueeze(1), scale_b=scales.unsqueeze(0), out_dtype=torch.bfloat16)
         return followed(y.to(x.dtype).view(*x.shape[:-1], -1), *rest)
     return narrow
