@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 
 from ftops import ops
 from ftops.block import Attend, BlockSpec, Slots
+from ftops.integrations.transformers.narrow import Narrow, scales
 from ftops.integrations.transformers.pool import PooledLayer
 from ftops.ops.decode_attention import MAX_NEW_TOKENS
 
@@ -24,37 +25,6 @@ def unfit_cache(cache: object, index: int) -> str | None:
     if index < len(cache.layers) and not isinstance(cache.layers[index], (DynamicLayer, StaticLayer)):
         return f"cache layer {type(cache.layers[index]).__name__}"
     return None
-
-
-ROOM = {torch.int8: (1.5, 127), torch.float8_e4m3fn: (8.0, 448)}  # and the dtype's largest number
-FEW, ROOM_OF_FEW = 4, 4.0  # tokens of a prompt
-
-
-class Narrow:
-    """How a cache of 8 bits holds keys and values: in `dtype`, times k_scale and v_scale[Hkv] float32.
-
-    The scales are measured on a prompt: what the dtype can hold is ROOM times the largest value of a head there, and later ones beyond
-    that are clipped. Steps of int8 are as much longer, so that it has little room; numbers of e4m3 are as exact everywhere. A prompt of
-    a few words says little about what follows it, and leaves more.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.k_scale, self.v_scale = dtype, None, None
-
-    def measure(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Takes scales from k, v [B,Hkv,S,D], to where the last ones were."""
-        room, largest = ROOM[self.dtype]
-        room = max(room, ROOM_OF_FEW) if k.shape[2] < FEW else room
-        found = [t.float().abs().amax((0, 2, 3)).clamp(min=1e-6) * (room / largest) for t in (k, v)]
-        if self.k_scale is None:
-            self.k_scale, self.v_scale = found
-        else:
-            self.k_scale.copy_(found[0])
-            self.v_scale.copy_(found[1])
-
-    def widened(self, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v [B,S,Hkv,D] of the cache in `dtype`."""
-        return tuple((t.float() * scale[:, None]).to(dtype) for t, scale in ((k, self.k_scale), (v, self.v_scale)))
 
 
 class FixedLayer(StaticLayer):
@@ -100,7 +70,7 @@ class FixedLayer(StaticLayer):
         return (key_states, value_states) if self.read == count else self.first(self.read, key_states.dtype)
 
     def _store(self, k: torch.Tensor, v: torch.Tensor, places: torch.Tensor) -> None:
-        ops.append_kv(*(t.transpose(1, 2) for t in (k, v, self.keys, self.values)), places, **_scales(self.narrow))
+        ops.append_kv(*(t.transpose(1, 2) for t in (k, v, self.keys, self.values)), places, **scales(self.narrow))
 
     def first(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B,Hkv,length,D] of the first tokens."""
@@ -130,12 +100,12 @@ class PagedLayer(DynamicLayer):
                **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
         new = key_states.transpose(1, 2), value_states.transpose(1, 2)
         if self.stepping:
-            ops.append_kv(*new, self.k, self.v, self.places, page_table=self.page_table, **_scales(self.narrow))
+            ops.append_kv(*new, self.k, self.v, self.places, page_table=self.page_table, **scales(self.narrow))
             return _wide(self.narrow, *(pages[self.page_table.long()].flatten(1, 2) for pages in (self.k, self.v)), key_states.dtype)
         if self.narrow is not None:
             self.narrow.measure(key_states, value_states)
         places = torch.arange(key_states.shape[2], dtype=torch.int32, device=key_states.device).expand(len(key_states), -1)
-        ops.append_kv(*new, self.k, self.v, places, page_table=self.page_table[:: self.shared], **_scales(self.narrow))
+        ops.append_kv(*new, self.k, self.v, places, page_table=self.page_table[:: self.shared], **scales(self.narrow))
         return key_states, value_states
 
     def get_seq_length(self) -> torch.Tensor | int:
@@ -155,19 +125,15 @@ def slots(cache: Cache | None, index: int, x: torch.Tensor, mask: torch.Tensor |
     if not isinstance(layer, (FixedLayer, PagedLayer)) or not layer.stepping or not is_rows(mask):
         return None
     bias = None if mask is None else additive(mask, x.dtype)
-    scales = _scales(layer.narrow)
+    kept = scales(layer.narrow)
     if isinstance(layer, PagedLayer):
-        return Slots(layer.k, layer.v, layer.places, layer.lengths, bias, layer.page_table, **scales)
-    return Slots(layer.keys.transpose(1, 2), layer.values.transpose(1, 2), layer.places, layer.lengths, bias, **scales)
+        return Slots(layer.k, layer.v, layer.places, layer.lengths, bias, layer.page_table, **kept)
+    return Slots(layer.keys.transpose(1, 2), layer.values.transpose(1, 2), layer.places, layer.lengths, bias, **kept)
 
 
 def _wide(narrow: Narrow | None, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """k, v [B,S,Hkv,D] of a cache as transformers has them, [B,Hkv,S,D] in the model's dtype."""
     return tuple(t.transpose(1, 2) for t in ((k, v) if narrow is None else narrow.widened(k, v, dtype)))
-
-
-def _scales(narrow: Narrow | None) -> dict[str, torch.Tensor]:
-    return {} if narrow is None else {"k_scale": narrow.k_scale, "v_scale": narrow.v_scale}
 
 
 def attend(spec: BlockSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache | None, index: int,

@@ -10,8 +10,9 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ftops.generation import Session
-from ftops.integrations.transformers.cache import FixedLayer, Narrow
+from ftops.integrations.transformers.cache import FixedLayer
 from ftops.integrations.transformers.layer import FusedLayer
+from ftops.integrations.transformers.narrow import Narrow
 
 _SESSIONS: weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[tuple, Session]]] = weakref.WeakKeyDictionary()
 Make = Callable[[PreTrainedModel, int, int], Session]  # from the batch size and the most tokens a row

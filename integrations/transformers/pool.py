@@ -8,8 +8,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ftops import ops
-from ftops.block import Attend, BlockSpec, Slots
+from ftops.block import Attend, Block, BlockSpec, Slots
 from ftops.engine import Prompts
+from ftops.integrations.transformers.narrow import Narrow, of_any_prompt, scales
 
 
 @dataclass
@@ -24,28 +25,32 @@ class Pass:
 
 
 class PooledLayer(DynamicLayer):
-    """Keys and values k, v [P,page_size,Hkv,D] of many requests. Only a fused layer can use it, by `kept`."""
+    """Keys and values k, v [P,page_size,Hkv,D] of many requests. Only a fused layer can use it, by `kept`. narrow: as in a FixedLayer."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, spec: BlockSpec, now: Pass) -> None:
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, spec: BlockSpec, now: Pass, narrow: Narrow | None) -> None:
         super().__init__()
-        self.k, self.v, self._spec, self._now = k, v, spec, now
+        self.k, self.v, self._spec, self._now, self._narrow = k, v, spec, now, narrow
         self._flat = k.flatten(0, 1)[None], v.flatten(0, 1)[None]  # views, with a slot of the pool for a position
         self.is_initialized = True
 
     def kept(self) -> Slots | Attend:
         """What a block takes to store and attend."""
         now = self._now
-        return self._read if now.prompts is not None else Slots(self.k, self.v, now.places, now.lengths, page_table=now.page_table)
+        if now.prompts is not None:
+            return self._read
+        return Slots(self.k, self.v, now.places, now.lengths, page_table=now.page_table, **scales(self._narrow))
 
     def _read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q[1,T,H,D], k and v[1,T,Hkv,D] of parts of prompts.
 
-        Each attends to all of its request that is in the cache, gathered into one piece: next to the attention of a chunk over it, a copy
-        is little, and `attention_varlen` then needs no pages.
+        Each attends to all of its request as the cache has it, gathered into one piece: next to the attention of a chunk over it, a copy
+        is little, and `attention_varlen` then needs no pages. In 8 bits too, so that nothing hangs on how a prompt is cut into parts.
         """
         prompts, spec = self._now.prompts, self._spec
-        ops.append_kv(k, v, *self._flat, prompts.slots[None])
+        ops.append_kv(k, v, *self._flat, prompts.slots[None], **scales(self._narrow))
         keys, values = (flat[0].index_select(0, prompts.kept) for flat in self._flat)
+        if self._narrow is not None:
+            keys, values = self._narrow.widened(keys, values, q.dtype)
         return ops.attention_varlen(q[0], keys, values, prompts.starts_q, prompts.starts_kv, prompts.longest_q, prompts.longest_kv,
                                     causal=True, scale=spec.scale, window=None if spec.window is None else (spec.window, -1))[None]
 
@@ -61,17 +66,19 @@ class PooledLayer(DynamicLayer):
 
 
 class PooledDecoder:
-    """`pages` pages of `page_size` tokens for a model of which every layer is an ftops block with this BlockSpec."""
+    """`pages` pages of `page_size` tokens for a model whose layers are these blocks. narrow: that keys and values are kept in 8 bits."""
 
-    def __init__(self, model: PreTrainedModel, specs: list[BlockSpec], pages: int, page_size: int, capturable: bool) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: list[Block], pages: int, page_size: int, capturable: bool, narrow: bool) -> None:
         self._model, self.device, self.capturable = model, model.device, capturable
         self.words = model.config.get_text_config(decoder=True).vocab_size
         self.pages, self.page_size, self._now = pages, page_size, Pass()
-        with torch.inference_mode(False):
+        spec = blocks[0].spec
+        with torch.inference_mode(False), torch.no_grad():
+            kept = [of_any_prompt(block) if narrow else None for block in blocks]
             # Zeros: what lies behind the end of a row is hidden by a weight of 0, and 0 times what memory may hold could be NaN.
-            pool = torch.zeros((len(specs), 2, pages, page_size, specs[0].kv_heads, specs[0].head_dim), dtype=model.dtype,
-                               device=model.device)
-        self._cache = Cache(layers=[PooledLayer(*pool[index], spec, self._now) for index, spec in enumerate(specs)])
+            pool = torch.zeros((len(blocks), 2, pages, page_size, spec.kv_heads, spec.head_dim), device=model.device,
+                               dtype=kept[0].dtype if narrow else model.dtype)
+        self._cache = Cache(layers=[PooledLayer(*pool[index], block.spec, self._now, kept[index]) for index, block in enumerate(blocks)])
 
     def step(self, tokens: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
         now = self._now

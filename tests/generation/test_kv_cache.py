@@ -10,8 +10,9 @@ from transformers import AutoModel
 import ftops
 from ftops.integrations.demo.load import load_causal_lm
 from ftops.integrations.transformers import decoder
-from ftops.integrations.transformers.cache import FixedLayer, Narrow, PagedLayer
+from ftops.integrations.transformers.cache import FixedLayer, PagedLayer
 from ftops.integrations.transformers.decoder import CausalDecoder
+from ftops.integrations.transformers.narrow import Narrow
 from tests.families.places import IN_FLOAT32
 from tests.families.tiny import prompt, tiny
 
