@@ -78,13 +78,13 @@ def peers(op: str, rows: int, N: int, K: int) -> dict[str, Run]:
     if compiles("gemlite", GEMLITE, op, rows, N, K):
         sides["gemlite"] = lambda i: i.gemlite(i.x)
     if compiles("torchao", TORCHAO, op, rows, N, K):
-        sides["torchao, compiled"] = lambda i: i.torchao(i.x)
+        linear = compiled_linear()
+        sides["torchao"] = lambda i: i.torchao(i.x, F.linear)
+        sides["torchao, compiled"] = lambda i: i.torchao(i.x, linear)
     return sides
 
 
 def problem(op: str, rows: int, N: int, K: int) -> Problem:
-    linear = compiled_linear() if compiles("torchao", TORCHAO, op, rows, N, K) else None
-
     def make(device: torch.device) -> SimpleNamespace:
         i = weights(op, N, K, device)
         i.x = randn(rows, K, device=device)
@@ -97,8 +97,8 @@ def problem(op: str, rows: int, N: int, K: int) -> Problem:
                 i.torch_scales = torch.stack((scales.t(), torch.zeros_like(scales.t())), -1)
         if compiles("gemlite", GEMLITE, op, rows, N, K):
             i.gemlite = built(lambda: gemlite_int4(q, scales) if op == "linear_w4a16" else gemlite_w8a8(i.values, i.scales))
-        if linear is not None:
-            i.torchao = built(lambda: torchao_int8(i.values, i.scales, linear))
+        if compiles("torchao", TORCHAO, op, rows, N, K):
+            i.torchao = built(lambda: torchao_int8(i.values, i.scales))
         if op in FORMAT_ERROR:
             i.x_scales = i.x.float().abs().amax(-1, keepdim=True) / (448 if op == "linear_fp8" else 127)
             scaled = i.x.float() / i.x_scales

@@ -22,14 +22,14 @@ def installed(name: str) -> bool:
     return torch.cuda.is_available() and find_spec(name) is not None
 
 
-def built(build: Callable[[], Run]) -> Run:
+def built(build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
     """What build() gives, or something that raises its error when called: then the peer is missing, with its reason, not the problem."""
     try:
         return build()
     except Exception as error:
         reason = error
 
-        def cannot(_: Any) -> Any:
+        def cannot(*_: Any) -> Any:
             raise reason
         return cannot
 
@@ -111,8 +111,8 @@ def compiled_linear() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
                          options={"coordinate_descent_tuning": True, "coordinate_descent_check_all_directions": True})
 
 
-def torchao_int8(values: torch.Tensor, scales: torch.Tensor, linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Run:
-    """By the weight that torchao's Int8WeightOnlyConfig makes, here of int8 values [N,K] and scales [N]."""
+def torchao_int8(values: torch.Tensor, scales: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """(x, linear) -> linear(x, weight), by the weight that torchao's Int8WeightOnlyConfig makes, of int8 values [N,K] and scales [N]."""
     from torchao.quantization import Int8Tensor
     weight = Int8Tensor(values, scales[:, None], [1, values.shape[1]], DTYPE)
-    return lambda x: linear(x, weight)
+    return lambda x, linear: linear(x, weight)

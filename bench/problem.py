@@ -38,7 +38,7 @@ class Problem:
     group: str = ""
 
     def __str__(self) -> str:
-        return f"{self.op}-{self.name.replace(' ', '_')}"
+        return f"{self.group or self.op}-{self.name}".replace(" ", "_")
 
 
 def small_sizes() -> bool:

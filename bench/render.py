@@ -15,9 +15,11 @@ HEAD = """# Benchmarks
 
 Rendered by `python -m bench.render` from [`bench/results`](../bench/results); nothing here is typed by hand.
 `make bench` measures your machine and prints the same figures; `pytest bench --benchmark-only --results FOLDER` keeps them,
-and `-k` picks some, as in `-k decode_attention` or `-k "Llama and 16"`. FlashInfer, gemlite and torchao are measured beside the others
-where they are installed (`pip install flashinfer-python gemlite torchao`); FlashInfer compiles its kernels on first use, for minutes.
-A peer that cannot run, or whose answer is wrong, is not timed, and the reason stands below the table.
+and `-k` picks some, as in `-k decode_attention`, `-k "w4a16 and 6144x4096 and -16]"` or `-k "Llama and 16"`.
+
+FlashInfer, gemlite and torchao are measured beside the others where they are installed (`pip install flashinfer-python gemlite torchao`);
+FlashInfer compiles its kernels on first use, which takes minutes. A peer that cannot run, or whose answer is wrong, is not timed, and the
+reason stands below the table.
 
 All sides of a row were measured in one process on one device, in turns, and the median of the rounds is given. Ops are timed on the
 device: calls on different inputs are captured as one CUDA graph, the L2 cache is overwritten before each replay, the inputs are
