@@ -84,11 +84,16 @@ def flex(causal: bool = False) -> dict[str, Run]:
     return {"FlexAttention": run}
 
 
-def flashinfer(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, causal: bool) -> dict[str, Run]:
+def flashinfer(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, causal: bool, dtype: torch.dtype) -> dict[str, Run]:
     if not installed("flashinfer"):
         return {}
-    attend = flashinfer_prefill([length] * batch, heads, kv_heads, head_dim, causal)
-    return {"FlashInfer": lambda i: attend(*(t.flatten(0, 1) for t in (i.q, i.k, i.v))).view_as(i.q)}
+    attend = flashinfer_prefill([length] * batch, heads, kv_heads, head_dim, causal, dtype)
+
+    def run(i: SimpleNamespace) -> torch.Tensor:
+        tensors, scales = (i.narrow, i.scales) if dtype is FP8 else ((i.q, i.k, i.v), ())
+        return attend(*(t.flatten(0, 1) for t in tensors), *scales).view_as(i.q)
+
+    return {"FlashInfer, fp8" if dtype is FP8 else "FlashInfer": run}
 
 
 def prefill(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, causal: bool) -> Problem:
@@ -104,12 +109,12 @@ def prefill(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, c
     pairs = batch * heads * length * length / (2 if causal else 1)
     return Problem("attention", f"{batch},{heads},{kv_heads},{length},{head_dim} {'causal' if causal else 'full'}", make,
                    {OURS: lambda i: ops.attention(i.q, i.k, i.v, causal=causal), **peers(is_causal=causal), **flex(causal),
-                    **flashinfer(batch, heads, kv_heads, length, head_dim, causal)}, expected,
+                    **flashinfer(batch, heads, kv_heads, length, head_dim, causal, BF16)}, expected,
                    lambda out, i: out[:1, -ROWS:], 2 * 2 * batch * length * (heads + kv_heads) * head_dim, 4 * pairs * head_dim)
 
 
 def prefill_fp8(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, causal: bool) -> Problem:
-    """8-bit q, k, v against ours and PyTorch's of the same values in bfloat16."""
+    """8-bit q, k, v against FlashInfer's of them, and ours and PyTorch's of the same values in bfloat16."""
     def make(device: torch.device) -> SimpleNamespace:
         quantised = [quantise_heads(randn(batch, length, count, head_dim, device=device)) for count in (heads, kv_heads, kv_heads)]
         i = SimpleNamespace(narrow=[values for values, _ in quantised], scales=[scale for _, scale in quantised])
@@ -124,7 +129,8 @@ def prefill_fp8(batch: int, heads: int, kv_heads: int, length: int, head_dim: in
     pairs = batch * heads * length * length / (2 if causal else 1)
     return Problem("attention_fp8", f"{batch},{heads},{kv_heads},{length},{head_dim} {'causal' if causal else 'full'}", make,
                    {OURS: lambda i: ops.attention_fp8(*i.narrow, *i.scales, causal=causal),
-                    "ftops, bf16": lambda i: ops.attention(i.q, i.k, i.v, causal=causal), **peers(is_causal=causal)}, expected,
+                    "ftops, bf16": lambda i: ops.attention(i.q, i.k, i.v, causal=causal), **peers(is_causal=causal),
+                    **flashinfer(batch, heads, kv_heads, length, head_dim, causal, FP8)}, expected,
                    lambda out, i: out[:1, -ROWS:], 2 * batch * length * (1.5 * heads + kv_heads) * head_dim, 4 * pairs * head_dim,
                    format_error=0.125)
 

@@ -40,18 +40,21 @@ def workspace(device: torch.device) -> torch.Tensor:
     return torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
 
 
-def flashinfer_prefill(lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int,
-                       causal: bool) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Attention of q [T,H,D], k and v [T,Hkv,D], sequences of `lengths` one behind the other; planned on the first call."""
+def flashinfer_prefill(lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int, causal: bool,
+                       dtype: torch.dtype = DTYPE) -> Callable[..., torch.Tensor]:
+    """Attention of q [T,H,D], k and v [T,Hkv,D], sequences of `lengths` one behind the other; planned on the first call.
+
+    In float8_e4m3fn their scales, [H] and [Hkv], are given behind them.
+    """
     @cache
     def planned(device: torch.device) -> Any:
         import flashinfer
         wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace(device))
         starts = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
-        wrapper.plan(starts, starts, heads, kv_heads, head_dim, causal=causal, q_data_type=DTYPE, kv_data_type=DTYPE)
+        wrapper.plan(starts, starts, heads, kv_heads, head_dim, causal=causal, q_data_type=dtype, kv_data_type=dtype, o_data_type=DTYPE)
         return wrapper
 
-    return lambda q, k, v: planned(q.device).run(q, k, v)
+    return lambda q, *others: planned(q.device).run(q, *others)
 
 
 def flashinfer_decode(batch: int, heads: int, kv_heads: int, context: int, head_dim: int, page_size: int | None,
