@@ -58,7 +58,7 @@ def make_store_result(halves: bool) -> Callable:
         """Four sums of row `line` with its maximum and total: the output if it is the only part, else row `part` of the workspace and its
         log2(sum exp), at a level of the tree that is `odd` or not.
 
-        Rows of the workspace are head_dim floats, rounded up to 4. Where total is 0 nothing was seen: 0, or a log of -inf and no row.
+        Rows of the workspace are head_dim floats, rounded up to 4. Where total is 0 nothing was seen: 0, and a log of -inf.
         """
         inverse = np.float32(0) if total == np.float32(0) else ptx.reciprocal(total)
         a, b, c, d = a * inverse, b * inverse, c * inverse, d * inverse
@@ -67,9 +67,8 @@ def make_store_result(halves: bool) -> Callable:
         else:
             if column == 0:
                 ptx.st_global_f32(lse_gl + 8 * part + 4 * odd, np.float32(-np.inf) if total == np.float32(0) else highest + ptx.log2(total))
-            if total != np.float32(0):
-                at = partial_gl + 4 * (part * ((head_dim + 3) & -4) + column)
-                ptx.st_global_128(at, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))
+            at = partial_gl + 4 * (part * ((head_dim + 3) & -4) + column)
+            ptx.st_global_128(at, ptx.f32_bits(a), ptx.f32_bits(b), ptx.f32_bits(c), ptx.f32_bits(d))
 
     return store_result
 
@@ -116,12 +115,11 @@ def make_combine(threads: int, quarters: int, halves: bool) -> Callable:
                     highest, whole, a, b, c, d = lowest, zero, zero, zero, zero, zero
                     for i in range(FAN):
                         highest = ptx.maximum(highest, lse[i])
-                    for i in range(FAN):
-                        if lse[i] != nothing:  # a part that saw nothing has left its row unwritten
-                            weight = ptx.exp2(lse[i] - highest)
-                            whole += weight
-                            a, b = ptx.fma(weight, part[4 * i], a), ptx.fma(weight, part[4 * i + 1], b)
-                            c, d = ptx.fma(weight, part[4 * i + 2], c), ptx.fma(weight, part[4 * i + 3], d)
+                    for i in range(FAN):  # without branches, into which the assembler would move the loads, one behind the other
+                        weight = ptx.exp2(lse[i] - highest)
+                        whole += weight
+                        a, b = ptx.fma(weight, part[4 * i], a), ptx.fma(weight, part[4 * i + 1], b)
+                        c, d = ptx.fma(weight, part[4 * i + 2], c), ptx.fma(weight, part[4 * i + 3], d)
                     first = line * splits + ((node << FAN_SHIFT) * lse_step >> 3)
                     store_result(a, b, c, d, highest, whole, line, column, head_dim, first, parts, np.int64(1 - odd), out_gl, partial_gl,
                                  lse_gl, kind)

@@ -77,7 +77,6 @@ def make(config: Config) -> Callable:
             ptx.prefetch_l2(lengths_gl)
         ring_sh, bits_sh = shared_sh + warp * ring_bytes, shared_sh + bits_offset + warp * 4 * stages
         ptx.wait_for_primary()
-        ptx.launch_dependents()
         length, start, low, high, used = key_range(np.int32(ptx.ld_written_32(lengths_gl)), capacity, new, window, split, splits,
                                                    fixed)
         if split >= used:
@@ -186,6 +185,7 @@ def make(config: Config) -> Callable:
             softmax(x, acc, top, total, p)
             outputs(acc, stage_sh + half_stage, lane, p)
 
+        ptx.launch_dependents()  # not before: what starts beside the loop takes bandwidth, and places that the next call's blocks need
         cuda.syncthreads()  # every warp has read its rings
         for r in range(n_row):
             total[r] += xor_4(total[r])

@@ -70,7 +70,6 @@ def make(config: Config) -> Callable:
         block = (batch * kv_heads + kv_head) * row_tiles + row
         if block >= blocks:
             return
-        ptx.launch_dependents()
         splits, kind = np.int32(cuda.gridDim.x), kinds >> 2
         token, head = row_of(row, kv_head, group, per_group)
         length = np.int32(ptx.ld_global_32(np.int64(lengths_gl) + 4 * batch))
@@ -149,6 +148,7 @@ def make(config: Config) -> Callable:
                     for i in range(PARTS):
                         if lane + 32 * i < head_dim:
                             acc[i] = ptx.fma(weight, load(np.int64(v_gl) + at[u] + (lane + 32 * i) * item), acc[i])
+        ptx.launch_dependents()
         for i in range(PARTS):
             ptx.st_shared_f32(shared_sh + warp * pitch + 4 * (lane + 32 * i), acc[i])
         if lane == 0:

@@ -36,7 +36,7 @@ def test_as_many_splits_as_make_each_level_of_the_tree(dtype):
 
 @pytest.mark.parametrize("dtype", **DTYPES)
 def test_splits_that_see_nothing(dtype):
-    """Hidden by a bias, they leave no row in the workspace: what lies there, NaN, must not be read; a row with nothing at all is 0."""
+    """All hidden by a bias: they weigh nothing beside the others, and where nobody sees anything the output is 0."""
     args = sample(dtype, lengths=(4096, 4000, 3000))
     bias = torch.zeros(3, 1, 1, 4096, device=CUDA)
     bias[0, ..., 100:], bias[1, ..., :3900], bias[2] = (float("-inf"),) * 3
