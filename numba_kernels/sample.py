@@ -3,11 +3,12 @@
     read 1   greedy, or no filter: the largest x, or x / T + noise, is the token. Otherwise the largest x, each thread's own largest, and
              the sum of exp.
     bound    from below of the smallest kept x: top_k <= 1024: the k-th largest of the threads' largest, since so many are at least as
-             large; top_p: what lies below m + T ln((1 - p) Z / V) has not 1 - p of the mass, whatever it is; min_p: its own threshold,
+             large; more: the k-th largest itself, digit by digit, a read of the row and a count of each digit's values in shared memory
+             each; top_p: what lies below m + T ln((1 - p) Z / V) has not 1 - p of the mass, whatever it is; min_p: its own threshold,
              where top_k does not need what is below.
     read 2   everything at or above the bound goes into a list in shared memory. Rows that have more of it than the list holds are read
              again for each step below.
-    draw     the k-th largest exactly, bit by bit; then the largest x / T + noise of what is left, until one has less than top_p of the
+    draw     the k-th largest of the list exactly, bit by bit; then the largest x / T + noise of what is left, until one has less than top_p of the
              mass above it: what does not was not to be drawn, and neither is anything below. The noise stays, so this ends with the same
              token as a sort would.
 
@@ -33,6 +34,7 @@ SIGNATURE = "pppppppplliiiiii"
 THREADS, WARPS = 1024, 32
 LISTED = 7680  # candidates of 8 bytes: with the sums below 64 KiB, which every GPU has
 BITS = {"float32": 32, "float16": 19, "bfloat16": 16}  # of a float32 that came from this dtype, the rest being alike
+DIGIT = 11  # bits: sign, exponent and two more, so that a row's values spread over many counts, which lie where the list will
 GREEDY_BELOW = 1e-5
 UNIT = float(2 ** 40)
 
@@ -50,6 +52,7 @@ def make(config: Config) -> Callable:
     fetch, _ = make_io(dtype, vec)
     unpack, _ = make_convert(dtype, vec)
     lowest, zero, one = np.float32(-np.inf), np.float32(0), np.float32(1)
+    digits = -(-bits // DIGIT)
     log2_e, ln_2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
 
     @cuda.jit(device=True, forceinline=True)
@@ -143,11 +146,48 @@ def make(config: Config) -> Callable:
     def mass_of(x, top, scale):
         return np.uint64(np.int64(ptx.exp2((x - top) * scale) * np.float32(UNIT)))
 
+    @cuda.jit(device=True, forceinline=True)
+    def kth_of_row(x_at, start, step, length, top_k, counts, partial):
+        """The rank of the top_k-th largest x of the row, down to its lowest of `bits`; 0 if there are fewer."""
+        words = cuda.local.array(n_words, np.uint32)
+        values = cuda.local.array(vec, np.float32)
+        thread, found, wanted = np.int64(cuda.threadIdx.x), np.uint32(0), top_k
+        for digit in range(digits):
+            above = 32 - DIGIT * digit
+            shift = max(above - DIGIT, 0)
+            for i in range(thread, 1 << DIGIT, THREADS):
+                counts[i] = np.uint32(0)
+            cuda.syncthreads()
+            for index in range(start, length, step):
+                fetch(x_at + np.uint64(index * item), np.uint32(1), words, 0)
+                unpack(words, 0, values, 0)
+                for i in range(vec):
+                    place = rank(values[i])
+                    if values[i] > lowest and (np.uint64(place ^ found) >> np.uint64(above)) == 0:
+                        cuda.atomic.add(counts, np.int64(np.uint32(place >> np.uint32(shift)) & np.uint32((1 << DIGIT) - 1)), np.uint32(1))
+            cuda.syncthreads()
+            chosen, beyond = np.int64(0), np.int64(0)
+            for bit in range(DIGIT):
+                higher = chosen | (1 << (DIGIT - 1) >> bit)
+                some = np.uint64(0)
+                for i in range(thread, 1 << DIGIT, THREADS):
+                    if i >= higher:
+                        some += np.uint64(counts[i])
+                there = np.int64(total(some, partial))
+                if there >= wanted:
+                    chosen = higher
+                else:
+                    beyond = there  # the last one is of the digit after the one that is chosen in the end
+            wanted -= beyond
+            found = np.uint32(found | np.uint32(chosen) << np.uint32(shift))
+        return found
+
     def sample(x_gl, out_gl, temperature_gl, top_k_gl, top_p_gl, min_p_gl, seed_gl, offset_gl, stride, length, temperature_step, top_k_step,
                top_p_step, min_p_step, seed_step, offset_step):
         partial = cuda.shared.array(WARPS, np.uint64)
         taken = cuda.shared.array(1, np.uint32)
-        list_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
+        counts = cuda.shared.array(0, np.uint32)
+        list_sh = np.int64(ptx.shared_address(counts))
         thread, row = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
         x_at = x_gl + np.uint64(row * stride * item)
         ptx.wait_for_primary()
@@ -217,6 +257,8 @@ def make(config: Config) -> Callable:
                         higher = np.uint32(floor | np.uint32(0x80000000) >> np.uint32(bit))
                         if cuda.syncthreads_count(np.int32(1) if mine >= higher else np.int32(0)) >= top_k:
                             floor = higher
+                else:
+                    floor = kth_of_row(x_at, start, step, length, top_k, counts, partial)
             elif top_p < one:
                 mass = np.uint64(0)
                 if best > lowest:
@@ -253,7 +295,7 @@ def make(config: Config) -> Callable:
                 if thread < count:
                     x, _ = candidate(thread, listed, list_sh, x_at)
                     mine = rank(x)
-                for bit in range(bits):
+                for bit in range(bits if top_k <= THREADS else 0):
                     higher = np.uint32(exact | np.uint32(0x80000000) >> np.uint32(bit))
                     if count <= THREADS:
                         above = np.int64(cuda.syncthreads_count(np.int32(1) if mine >= higher else np.int32(0)))
