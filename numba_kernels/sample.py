@@ -8,9 +8,9 @@
              where top_k does not need what is below.
     read 2   everything at or above the bound goes into a list in shared memory. Rows that have more of it than the list holds are read
              again for each step below.
-    draw     the k-th largest of the list exactly, bit by bit; then the largest x / T + noise of what is left, until one has less than top_p of the
-             mass above it: what does not was not to be drawn, and neither is anything below. The noise stays, so this ends with the same
-             token as a sort would.
+    draw     the k-th largest of the list exactly, bit by bit; then the largest x / T + noise of what is left, until one has less than
+             top_p of the mass above it: what does not was not to be drawn, and neither is anything below. The noise stays, so this ends
+             with the same token as a sort would.
 
 Mass is summed in integers, 2^-40 of the largest token's: the same in any order. Floor: one read of x / bandwidth; a lone row, what one
 multiprocessor reads.

@@ -132,8 +132,9 @@ def test_kernel_is_the_definition(dtype):
     module, doubtful, seen = op_module("sample"), 0, 0
     for words in (2, 31, 1000, 1024, 1025, 8192, 32000, 50257, 128256, 151936):
         for spread in (0.01, 1.0, 4.0, 40.0):
-            for options in ({}, {"top_k": 50}, {"top_k": 2000}, {"top_k": 9000, "top_p": 0.5}, {"top_p": 0.3}, {"top_p": 0.99}, {"min_p": 0.02},
-                            {"top_k": 50, "top_p": 0.9}, {"top_k": 1500, "top_p": 0.9, "min_p": 0.001, "temperature": 0.5}):
+            for options in ({}, {"top_k": 50}, {"top_k": 2000}, {"top_k": 9000, "top_p": 0.5}, {"top_p": 0.3}, {"top_p": 0.99},
+                            {"min_p": 0.02}, {"top_k": 50, "top_p": 0.9},
+                            {"top_k": 1500, "top_p": 0.9, "min_p": 0.001, "temperature": 0.5}):
                 logits = (torch.randn(2, words) * spread).to(dtype)
                 ours, base = ops.sample(logits.cuda(), seed=seen, **options).cpu(), seen
                 for row, (a, b) in enumerate(zip(ours.tolist(), ops.sample(logits, seed=base, **options).tolist(), strict=True)):
