@@ -17,7 +17,7 @@ from ftops.numba_kernels.linear_sm90_config import Config
 
 # Fragments of which the code is written out; then the next take their place. Code that runs once a tile comes from memory each time that
 # a kernel starts, and the more registers are moved up, the longer that takes.
-WRITTEN_OUT = {64: 2, 128: 4, 192: 4, 256: 4}
+WRITTEN_OUT = 8
 
 
 def make_finish(config: Config) -> tuple[Callable, Callable]:
@@ -36,7 +36,7 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
     tiles, scaled, narrow, dtype = config.columns // 8, config.bits == 8, config.narrow, config.dtype
     low, high, pair, turn = ptx.LOW[dtype], ptx.HIGH[dtype], ptx.PAIR[dtype], ptx.movmatrix_trans
     neighbour, activate, consumers, own_bytes = ptx.shuffle_xor[1], make_activate(4), np.uint32(256), np.uint32(16 * 256)
-    count = WRITTEN_OUT[config.columns]
+    count = WRITTEN_OUT
     values, rows_at_once = 4 * count, 2 * count
 
     @cuda.jit(device=True, forceinline=True)

@@ -9,7 +9,7 @@ import torch
 from ftops.numba_kernels import tuned
 from ftops.numba_kernels.launch import Kernel, capability, load, multiprocessors
 from ftops.numba_kernels.linear_sm90 import spec
-from ftops.numba_kernels.linear_sm90_config import COLUMNS, FEATURES, FROM_ROWS, Config, pick, splits_of, tiles_of
+from ftops.numba_kernels.linear_sm90_config import COLUMNS, FEATURES, FROM_ROWS, SPLITS, Config, fits, pick, tiles_of, worthwhile
 from ftops.numba_kernels.linear_tile import added, aligned_x, form_of, kind_of
 from ftops.numba_kernels.rows import DTYPE_NAME
 from ftops.numba_kernels.tma import tiles
@@ -18,7 +18,8 @@ GATED_ROWS = 16  # gate and up together are a multiple of this
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor, narrow: bool = False) -> bool:
-    """Whether this kernel is taken for x[..., K] and weight[N, width]: it was the fastest, or, unmeasured, from FROM_ROWS rows on.
+    """Whether this kernel is taken for x[..., K] and weight[N, width]: it was the fastest, or, unmeasured, from FROM_ROWS rows on, where it
+    is worthwhile.
 
     narrow: with x rounded to the weight's 8 bits.
     """
@@ -41,24 +42,30 @@ def serves_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, fe
 
 def _wanted(kind: str, group_size: int, x: torch.Tensor, shape: tuple[int, int]) -> bool:
     values, K, device = x.numel(), x.shape[-1], x.device.index
-    if device in tuned.UNTUNED:
-        return values >= FROM_ROWS[kind] * K
+    if device in tuned.UNTUNED and values < FROM_ROWS[kind] * K:
+        return False
     return _takes(kind, group_size, x.dtype, *shape, values // K, device)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _takes(kind: str, group_size: int, dtype: torch.dtype, N: int, K: int, rows: int, device: int) -> bool:
     problem = tuned.problem(tuned.op_of(kind, group_size), dtype, N, K)
-    return tuned.takes("linear_sm90", problem, rows, rows >= FROM_ROWS[kind], device)
+    untuned = rows >= FROM_ROWS[kind] and worthwhile(kind, rows, N, K, multiprocessors(device))
+    return tuned.takes("linear_sm90", problem, rows, untuned, device)
+
+
+@functools.cache
+def left_to_others(kind: str, most: int, device: int) -> int:
+    """Up to how many rows of x, of `most`, another kernel is to take a weight where nothing was measured."""
+    return min(most, FROM_ROWS[kind] - 1) if capability(device) == (9, 0) else most
 
 
 def candidates(kind: str, dtype: str, rows: int, N: int, K: int, device: int) -> dict[str, tuple[Config, int]]:
-    """What `ftops tune` measures, by name: first what `pick` and `splits_of` give, then each tile with and without blocks that share it."""
+    """What `ftops tune` measures, by name: first what `pick` gives, then each tile and number of blocks that share its k."""
     most = multiprocessors(device)
-    first = pick(kind, dtype, rows, N, K, most)
-    offered = [(first, splits_of(first, rows, N, K, most))]
-    for config in (Config(kind, dtype, columns) for columns in COLUMNS[kind]):
-        offered += [(config, splits_of(config, rows, N, K, most)), (config, 1)]
+    offered = [pick(kind, dtype, rows, N, K, most)]
+    offered += [(config, splits) for config in (Config(kind, dtype, columns) for columns in COLUMNS[kind]) for splits in SPLITS
+                if fits(config, splits, rows, N, K, most)]
     return {f"{tuned.name_of('linear_sm90', config)}, splits {splits}": (config, splits) for config, splits in offered}
 
 
@@ -76,7 +83,7 @@ def _loaded(config: Config, splits: int, device: int) -> Kernel:
 def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
            residual: torch.Tensor | None, gated: bool = False, picked: tuple[Config, int] | None = None) -> torch.Tensor:
     """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32. gated: N a multiple of 16. picked: a
-    tile, and how many blocks share its k, in place of those that `pick` and `splits_of` give."""
+    tile, and how many blocks share its k, in place of what `pick` gives."""
     return _start((kind_of(weight.dtype), 0, weight.shape[1]), x, x.dtype, None, weight.shape[0], _by_rows(weight, scales, gated), bias,
                   activation, residual, gated, picked)
 

@@ -1,6 +1,6 @@
 """A linear layer with weights in float8 e4m3: y = act(x W^T + bias) + residual, W = values * scale, one scale a row.
 
-The values lie as W does, row by row. On a GPU few rows of x, as they are, meet them in one kernel at memory speed. For more, x is rounded
+The values lie as W does, row by row. On a GPU few rows of x, as they are, meet them in one kernel at memory speed. More are rounded
 to e4m3 as well, one scale a row, and a kernel of ours (on Hopper, where it is faster) or the library multiplies in eight bits (compute
 capability 8.9 and up, features a multiple of 16); elsewhere W is written out in x's dtype.
 """
@@ -17,7 +17,7 @@ from ftops.ops.linear import reference as linear_reference
 from ftops.ops.linear_w8a16 import check_8bit
 from ftops.samples import randn
 
-MAX_ROWS = 64  # of x that the kernel is for
+MAX_ROWS = 64  # of x that are multiplied as they are
 FP8 = torch.float8_e4m3fn
 
 
@@ -42,16 +42,17 @@ KERNEL = "linear"  # its file serves this op too
 
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear import serves
+    from ftops.numba_kernels.linear_sm90_launch import left_to_others
     from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
     few_rows, many_rows, narrow, narrow_library = make_few_rows(), make_many_rows(), make_narrow(FP8), make_narrow_library()
 
     def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
                residual: torch.Tensor | None) -> torch.Tensor:
-        if serves(x, values, MAX_ROWS):
+        if serves(x, values, left_to_others("e4m3", MAX_ROWS, x.device.index)):
             return few_rows(x, values, scales, bias, activation, residual)
-        if serves_many(x, values):
+        if x.numel() <= MAX_ROWS * x.shape[-1] and serves_many(x, values):
             return many_rows(x, values, scales, bias, activation, residual)
-        if serves_many(x, values, narrow=True):
+        if x.numel() > MAX_ROWS * x.shape[-1] and serves_many(x, values, narrow=True):
             return narrow(x, None, values, scales, bias, activation, residual)
         N, width = values.shape
         if (N | width) % 16 or not values.is_contiguous() or x.dtype is torch.float32 or not x.numel() or not multiplies_fp8(x.device):

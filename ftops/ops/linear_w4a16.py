@@ -1,7 +1,7 @@
 """A linear layer with weights of four bits: y = act(x W^T + bias) + residual, W = (q - zero) * scale, one scale a row and group of k.
 
-The weights lie as ftops/packing.py says (ftops.quant makes them so). On a GPU few rows of x read them at memory speed in one kernel;
-for more, W is written out once in x's dtype and the library multiplies.
+The weights lie as ftops/packing.py says (ftops.quant makes them so). On a GPU few rows of x read them at memory speed in one kernel; more
+have one of their own on Hopper, where that is faster, while elsewhere W is written out once in x's dtype and the library multiplies.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ftops.packing import PIECE_K, dequantise_4bit, described, pack_4bit, pack_g
 from ftops.samples import randn
 
 GROUP_SIZES = (32, 64, 128)
-MAX_ROWS = 64  # of x that the kernel is for
+MAX_ROWS = 64  # of x that the kernel for few is for; on Hopper that for many takes them earlier
 
 
 def reference(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None,
@@ -51,7 +51,7 @@ def _cuda() -> Callable[..., Any]:
     def linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
         if x.dtype is torch.float32:
             return _library(x, packed, scales, features, *rest)
-        if few.serves(x, packed, scales, features, MAX_ROWS):
+        if few.serves(x, packed, scales, features, hopper.left_to_others("int4", MAX_ROWS, x.device.index)):
             return few_rows(features, x, packed, scales, features, *rest)
         bias, activation, residual = rest
         if not hopper.serves_w4a16(x, packed, scales, features):

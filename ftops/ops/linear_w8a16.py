@@ -1,7 +1,7 @@
 """A linear layer with weights of eight bits: y = act(x W^T + bias) + residual, W = values * scale, one scale a row.
 
-The values lie as W does, int8, row by row. On a GPU few rows of x read them at memory speed in one kernel; for more, W is written out
-once in x's dtype and the library multiplies.
+The values lie as W does, int8, row by row. On a GPU few rows of x read them at memory speed in one kernel; more have one of their own on
+Hopper, while elsewhere W is written out once in x's dtype and the library multiplies.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ftops.ops.linear import reference as linear_reference
 from ftops.packing import described
 from ftops.samples import randn
 
-MAX_ROWS = 64  # of x that the kernel is for
+MAX_ROWS = 64  # of x that the kernel for few is for; on Hopper that for many takes them earlier
 
 
 def dequantise(values: torch.Tensor, scales: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -59,11 +59,12 @@ ON_CPU = "PyTorch and Numba"  # the latter for one row of x
 
 def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear import serves
+    from ftops.numba_kernels.linear_sm90_launch import left_to_others
     from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
     few_rows, many_rows = make_few_rows(), make_many_rows()
 
     def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if serves(x, values, MAX_ROWS):
+        if serves(x, values, left_to_others("int8", MAX_ROWS, x.device.index)):
             return few_rows(x, values, scales, *rest)
         return (many_rows if serves_many(x, values) else _library)(x, values, scales, *rest)
     return linear

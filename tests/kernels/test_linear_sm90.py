@@ -7,8 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from ftops.numba_kernels import linear_dequantise, linear_sm90_load
-from ftops.numba_kernels.linear_sm90_config import COLUMNS, FEATURES, Config, clocks, pick, splits_of, tiles_of
+from ftops.numba_kernels import linear_dequantise, linear_sm90_launch, linear_sm90_load
+from ftops.numba_kernels.linear_sm90_config import (
+    COLUMNS,
+    FEATURES,
+    FROM_ROWS,
+    SPLITS,
+    Config,
+    fits,
+    microseconds,
+    pick,
+    tiles_of,
+    worthwhile,
+)
 
 H200 = 132  # multiprocessors
 LLAMA = ((6144, 4096), (28672, 4096), (4096, 14336), (4096, 4096))
@@ -66,24 +77,42 @@ def test_blocks_of_a_cluster_share_all_of_k(kind, rows):
         assert config.stages >= 4 and config.stage_bytes % 1024 == 0 and config.columns // 8 % 8 == 0
         assert FEATURES * columns * 4 <= config.stages * config.stage_bytes  # sums go where the stages were
         for features, depth in (*LLAMA, (1280, 8192), (7, 8), (129, 1000)):
-            splits = splits_of(config, rows, features, depth, H200)
-            of_features, of_rows = tiles_of(config, rows, features)
-            assert splits == 1 or of_features * of_rows * splits <= H200
-            steps = -(-depth // config.depth)
-            shares = [range(steps * block // splits, steps * (block + 1) // splits) for block in range(splits)]
-            assert [step for share in shares for step in share] == list(range(steps))
+            for splits in (splits for splits in SPLITS if fits(config, splits, rows, features, depth, H200)):
+                of_features, of_rows = tiles_of(config, rows, features)
+                assert splits == 1 or of_features * of_rows * splits <= H200
+                steps = -(-depth // config.depth)
+                shares = [range(steps * block // splits, steps * (block + 1) // splits) for block in range(splits)]
+                assert [step for share in shares for step in share] == list(range(steps))
 
 
 @pytest.mark.parametrize(("features", "depth"), LLAMA)
 def test_large_tiles_for_many_rows_and_small_ones_for_few(features, depth):
-    assert pick("16-bit", "bfloat16", 8192, features, depth, H200).columns == 256
-    assert pick("int8", "bfloat16", 2048, features, depth, H200).columns == 256
-    assert pick("16-bit", "bfloat16", 64, features, depth, H200).columns == 64
-    assert pick("int8", "bfloat16", 32, features, depth, H200).columns == 64
+    """What an H100 took least time for."""
+    assert pick("16-bit", "bfloat16", 8192, features, depth, H200)[0].columns == 256
+    assert pick("int8_int8", "bfloat16", 2048, features, depth, H200)[0].columns == 256
+    assert pick("int8", "bfloat16", 64, features, depth, H200) == (Config("int8", "bfloat16", 64), 1 if features > 8192 else 2)
+    assert pick("int8", "bfloat16", 2048, features, depth, H200) == (Config("int8", "bfloat16", 256), 1)
 
 
 def test_predicted_time_grows_with_the_work():
     for kind, columns in COLUMNS.items():
         config = Config(kind, "bfloat16", columns[0])
-        times = [clocks(config, rows, 4096, 4096, H200) for rows in (64, 512, 4096, 32768)]
+        times = [microseconds(config, 1, rows, 4096, 4096, H200) for rows in (64, 512, 4096, 32768)]
         assert times == sorted(times) and times[-1] > 4 * times[0]
+
+
+def test_a_tile_that_leaves_most_of_the_gpu_idle_is_left_to_the_library():
+    """1280 features of int4 at 2048 rows are 80 tiles for 132 multiprocessors: 88 us, where the library took 65."""
+    assert not worthwhile("int4", 2048, 1280, 8192, H200)
+    assert all(worthwhile("int4", rows, *shape, H200) for shape in LLAMA for rows in (17, 64, 128))
+    assert worthwhile("int8", 2048, 1280, 8192, H200)
+
+
+def test_which_rows_are_left_to_other_kernels(monkeypatch):
+    monkeypatch.setattr(linear_sm90_launch, "capability", lambda device: (9, 0) if device == 0 else (8, 0))
+    linear_sm90_launch.left_to_others.cache_clear()
+    try:
+        left = {(kind, device): linear_sm90_launch.left_to_others(kind, 64, device) for kind in ("int8", "16-bit") for device in (0, 1)}
+    finally:
+        linear_sm90_launch.left_to_others.cache_clear()
+    assert left == {("int8", 0): FROM_ROWS["int8"] - 1, ("16-bit", 0): 64, ("int8", 1): 64, ("16-bit", 1): 64}

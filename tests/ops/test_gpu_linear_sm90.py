@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ftops import ops
 from ftops.ops.bias_activation import ACTIVATIONS
 from ftops.ops.gated_activation import GLU
 from ftops.packing import dequantise_4bit, pack_4bit, pack_groups
@@ -212,7 +213,8 @@ def test_after_a_kernel_that_writes_its_inputs_and_in_a_graph():
         assert torch.equal(out, expected)
 
 
-KIND = {"linear": "16-bit", "linear_w8a16": "int8", "linear_fp8": "e4m3", "linear_w4a16": "int4"}  # of weights, by op
+# Of weights, and of x where it is rounded, by op.
+KIND = {"linear": "16-bit", "linear_w8a16": "int8", "linear_fp8": "e4m3_e4m3", "linear_w4a16": "int4", "linear_w8a8": "int8_int8"}
 
 
 @pytest.mark.parametrize(("name", "case", "dtype"), [p for p in CASES_AND_DTYPES if p.values[0] in KIND and "many" in p.values[1].name
@@ -221,7 +223,31 @@ def test_the_ops_take_it(name, case, dtype, monkeypatch):
     from ftops.numba_kernels import linear_sm90_launch, tuned
     taken, start = [], linear_sm90_launch._start
     monkeypatch.setattr(linear_sm90_launch, "FROM_ROWS", dict.fromkeys(linear_sm90_launch.FROM_ROWS, 1))
+    monkeypatch.setattr(linear_sm90_launch, "worthwhile", lambda *problem: True)
     monkeypatch.setattr(linear_sm90_launch, "_start", lambda weight, *rest: taken.append(weight[0]) or start(weight, *rest))
     monkeypatch.setattr(tuned, "UNTUNED", {0})
-    assert_case(name, *case.make(CUDA, dtype))
+    caches = linear_sm90_launch._takes, linear_sm90_launch.left_to_others
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        assert_case(name, *case.make(CUDA, dtype))
+    finally:
+        for cache in caches:
+            cache.cache_clear()
     assert taken == [KIND[name]]
+
+
+@pytest.mark.parametrize(("name", "rows", "kind"), [
+    ("linear_w8a16", 17, "int8"), ("linear_w8a16", 16, None), ("linear_fp8", 64, "e4m3"), ("linear_w8a8", 65, "int8_int8"),
+    ("linear_w8a8", 64, "int8"), ("linear", 300, None)])
+def test_where_nothing_was_measured(name, rows, kind, monkeypatch):
+    """What is taken on this GPU without `ftops tune`."""
+    from ftops.numba_kernels import linear_sm90_launch, tuned
+    taken, start = [], linear_sm90_launch._start
+    monkeypatch.setattr(linear_sm90_launch, "_start", lambda weight, *rest: taken.append(weight[0]) or start(weight, *rest))
+    monkeypatch.setattr(tuned, "_winners", lambda device: {})
+    x, weight = torch.randn(rows, 512, device=CUDA, dtype=torch.bfloat16), torch.randn(256, 512, device=CUDA, dtype=torch.bfloat16)
+    scales = torch.ones(256, device=CUDA)
+    other = {"linear_fp8": torch.float8_e4m3fn}.get(name, torch.int8)
+    getattr(ops, name)(x, weight) if name == "linear" else getattr(ops, name)(x, weight.to(other), scales)
+    assert taken == ([kind] if kind else [])
