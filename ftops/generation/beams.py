@@ -93,13 +93,16 @@ class BeamSession(Session):
         requests, beams = self._score.shape
         words, eos = logits.shape[1], given.get("eos")
         scores = rules.penalised(given, torch.log_softmax(logits.float(), -1), self.ids, self.filled, self.drawn)
-        keep = max(2, 1 + (0 if eos is None else len(eos))) * beams
+        # Each end token, and the last of each stop sequence, ends one continuation of a beam at most: K of them are left to go on.
+        keep = max(2, 1 + sum(len(given[name]) for name in ("eos", "stop") if name in given)) * beams
         chosen_by, score, parent, token = self._candidates(scores.view(requests, beams, words) + self._score[..., None], keep)
         candidates = _of(self.ids.view(requests, beams, -1), parent).index_copy(2, self.filled, token[..., None])
         made = self.drawn + 1
         ends = (made >= given["limit"].view(requests, beams)[:, :1]).expand_as(token)
         if eos is not None:
             ends = ends | (token[..., None] == eos).any(-1)
+        if "stop" in given:
+            ends = ends | rules.completed(given["stop"], candidates.flatten(0, 1), self.filled + 1, made).any(-1).view_as(ends)
 
         lost = ends.float() * LOST
         onward = torch.topk(chosen_by + lost, beams)[1]

@@ -79,7 +79,7 @@ def penalised(given: Given, logits: torch.Tensor, ids: torch.Tensor, filled: tor
     if "bias" in given:
         x = x + given["bias"]
     if "biased" in given:
-        x = _add_where_completed(x, given, "biased", ids, filled)
+        x = _add_wherecompleted(x, given, "biased", ids, filled)
     if "repetition" in given:
         x = torch.where(given["seen"], torch.where(x < 0, x * given["repetition"], x / given["repetition"]), x)
     if "presence" in given:
@@ -87,7 +87,7 @@ def penalised(given: Given, logits: torch.Tensor, ids: torch.Tensor, filled: tor
     if "ngram" in given:
         x = x + _repeated(given, ids, filled, x.shape[1])
     if "bad" in given:
-        x = _add_where_completed(x, given, "bad", ids, filled)
+        x = _add_wherecompleted(x, given, "bad", ids, filled)
     if "least" in given:
         x = torch.where(drawn.view(-1, 1) < given["least"], x + given["no_eos"], x)
     return x
@@ -116,7 +116,7 @@ def ended(given: Given, tokens: torch.Tensor, ids: torch.Tensor, filled: torch.T
     if "eos" in given:
         end = end | (tokens[:, None] == given["eos"]).any(-1)
     if "stop" in given:
-        end = end | _completed(given["stop"], ids, filled, drawn).any(-1)
+        end = end | completed(given["stop"], ids, filled, drawn).any(-1)
     return end
 
 
@@ -145,7 +145,7 @@ def _sequences(name: str, sequences: Sequence[Sequence[int]], values: Sequence[f
     return given
 
 
-def _completed(sequences: torch.Tensor, ids: torch.Tensor, filled: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
+def completed(sequences: torch.Tensor, ids: torch.Tensor, filled: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
     """bool [B, N]: the last of ids[:, :filled] are sequences[N, L] or [B, N, L], all of it among the last `within`."""
     back = torch.arange(sequences.shape[-1], 0, -1, device=ids.device)
     latest = ids.gather(1, (filled.view(-1, 1) - back).clamp(min=0).expand(len(ids), -1))
@@ -153,13 +153,13 @@ def _completed(sequences: torch.Tensor, ids: torch.Tensor, filled: torch.Tensor,
     return ((latest[:, None] == sequences) | (sequences < 0)).all(-1)
 
 
-def _add_where_completed(x: torch.Tensor, given: Given, name: str, ids: torch.Tensor, filled: torch.Tensor) -> torch.Tensor:
+def _add_wherecompleted(x: torch.Tensor, given: Given, name: str, ids: torch.Tensor, filled: torch.Tensor) -> torch.Tensor:
     """x plus the value of each sequence at its last token, where all before it has just been said."""
     x = x + given[name]
     if f"{name}_words" not in given:
         return x
     words, values = given[f"{name}_words"], given[f"{name}_values"]
-    said = _completed(words[..., :-1], ids, filled, filled)
+    said = completed(words[..., :-1], ids, filled, filled)
     return x.scatter_add(1, words[..., -1].expand(len(x), -1), torch.where(said, values, 0.0))
 
 

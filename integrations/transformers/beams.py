@@ -92,9 +92,9 @@ def generate_beams(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor
         if not right:
             raise ValueError(f"generate: {name} is {value!r}; allowed: {allowed}")
     parsed = checked(model, ids, mask, options)
-    if not parsed.greedy or more or parsed.processors or parsed.criteria or parsed.stop:
-        raise ValueError(f"generate: num_beams is {num_beams}, which does not go with temperature, stop, callables, and what return_... "
-                         "asks for; leave one of them out (model.generate returns the scores of beams)")
+    if not parsed.greedy or more or parsed.processors or parsed.criteria or parsed.stop_strings:
+        raise ValueError(f"generate: num_beams is {num_beams}, which does not go with temperature, text to stop at, callables, and what "
+                         "return_... asks for; leave one of them out, stop at token ids (model.generate returns the scores of beams)")
     reason = unfit(model, stays=True)
     if reason is not None:
         raise ValueError(f"generate: num_beams is {num_beams} and {type(model).__name__} cannot be served: {reason}")

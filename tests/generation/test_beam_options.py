@@ -29,7 +29,7 @@ def test_sequences_are_transformers_own(name, device, dtype):
 
 @torch.no_grad()
 def written_out(model, ids, beams, rate, most, ends, length_penalty=1.0, early_stopping=False):
-    """The definition for one prompt, ids [S], without a cache: the sequences [prompt + answer], best first."""
+    """The definition for one prompt, ids [S], without a cache: the sequences [prompt + answer], best first. ends: sequences of tokens."""
     running, done, hopeful = [(0.0, ids.tolist())], [], True
     for made in range(1, most + 1):
         logits = model(torch.tensor([text for _, text in running], device=ids.device), use_cache=False).logits[:, -1].float()
@@ -39,7 +39,7 @@ def written_out(model, ids, beams, rate, most, ends, length_penalty=1.0, early_s
             candidates += [(value + rate * rank, value, [*text, token]) for rank, (value, token) in enumerate(ranked[: 4 * beams])]
         candidates.sort(key=lambda one: -one[0])
         candidates = candidates[: (1 + len(ends)) * beams]
-        over = [made == most or text[-1] in ends for _, _, text in candidates]
+        over = [made == most or any(made >= len(end) and text[-len(end):] == end for end in ends) for _, _, text in candidates]
         if hopeful and not (early_stopping and len(done) == beams):
             done += [(value / made ** length_penalty, text) for (_, value, text), end in zip(candidates[:beams], over, strict=False) if end]
             done = sorted(done, key=lambda one: -one[0])[:beams]
@@ -58,8 +58,23 @@ def test_diversity_is_its_definition(rate, options, device, dtype):
     model, ids = ftops.patch(tiny("llama", device, dtype)), prompt(batch=2)[0].to(device)
     made = ftops.generate(model, ids, num_beams=3, num_return_sequences=3, beam_diversity_rate=rate, max_new_tokens=12,
                           eos_token_id=ENDS, pad_token_id=1, **options)
-    expected = [text + [1] * (made.shape[1] - len(text)) for row in ids for text in written_out(model, row, 3, rate, 12, ENDS, **options)]
+    expected = [text + [1] * (made.shape[1] - len(text)) for row in ids for text in written_out(model, row, 3, rate, 12, [[end] for end in ENDS], **options)]
     assert made.tolist() == expected
+
+
+@IN_FLOAT32
+def test_stop_sequences(device, dtype):
+    """Of one token, as an end token ends a beam; and of two, which the beams say on the way."""
+    model, ids = ftops.patch(tiny("llama", device, dtype)), prompt(batch=2)[0].to(device)
+    options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 12, "pad_token_id": 1}
+    ended = ftops.generate(model, ids, eos_token_id=ENDS, **options)
+    assert torch.equal(ftops.generate(model, ids, stop=[[end] for end in ENDS], **options), ended)
+    free = ftops.generate(model, ids, **options)[:, ids.shape[1]:]
+    stop = [free[0, 1:3].tolist(), [ENDS[1]]]
+    made = ftops.generate(model, ids, stop=stop, length_penalty=0.0, **options)
+    expected = [text for row in ids for text in written_out(model, row, 3, 0.0, 12, stop, length_penalty=0.0)]
+    assert made.tolist() == [text + [1] * (made.shape[1] - len(text)) for text in expected]
+    assert any(text[-2:] == stop[0] for text in expected)
 
 
 def test_below_zero_beams_differ_sooner():
