@@ -58,7 +58,8 @@ def test_diversity_is_its_definition(rate, options, device, dtype):
     model, ids = ftops.patch(tiny("llama", device, dtype)), prompt(batch=2)[0].to(device)
     made = ftops.generate(model, ids, num_beams=3, num_return_sequences=3, beam_diversity_rate=rate, max_new_tokens=12,
                           eos_token_id=ENDS, pad_token_id=1, **options)
-    expected = [text + [1] * (made.shape[1] - len(text)) for row in ids for text in written_out(model, row, 3, rate, 12, [[end] for end in ENDS], **options)]
+    ends = [[end] for end in ENDS]
+    expected = [text + [1] * (made.shape[1] - len(text)) for row in ids for text in written_out(model, row, 3, rate, 12, ends, **options)]
     assert made.tolist() == expected
 
 
