@@ -12,6 +12,7 @@ from ftops.integrations.transformers.decoder import unfit
 from ftops.integrations.transformers.generate import generate
 from ftops.integrations.transformers.layer import FusedLayer
 from ftops.integrations.transformers.leaves import FusedNorm
+from ftops.integrations.transformers.stack import PLAIN
 from ftops.progress import track
 
 NEW = 4  # tokens: one from the prompt, a step as it is, and two of its graph
@@ -21,7 +22,8 @@ def warmup(model: nn.Module, *, batch_sizes: Sequence[int] = (1,), max_length: i
     """Compiles ahead of use the kernels of a patched text model, with a progress bar.
 
     For each batch size it runs a prompt of max_length tokens (default: 512 or what the model allows), with and without padding, and,
-    for a decoder, single steps after it with both kinds of cache, and the generation loop, whose graphs for the last batch size stay.
+    for a decoder, single steps after it with both kinds of cache, and the generation loop, whose graphs for the last batch size stay, as
+    do those of an encoder.
     Raises TypeError or ValueError for what it cannot run.
     """
     if not isinstance(model, PreTrainedModel):
@@ -58,7 +60,8 @@ def _runs(model: PreTrainedModel, batch: int, length: int) -> Iterator[Callable[
     decoder = any(block is not None and block.spec.causal for block in blocks)
     for mask in (None, padded):
         if not decoder:
-            yield lambda mask=mask: model(ids, attention_mask=mask)
+            for _ in range(PLAIN):
+                yield lambda mask=mask: model(ids, attention_mask=mask)
             continue
         for kind in (DynamicCache, StaticCache):
             yield lambda mask=mask, kind=kind: _in_pieces(model, ids, mask, kind)
