@@ -91,8 +91,8 @@ class Config:
         return self.empty_at + 8 * self.stages + 1008
 
 
-# Rows of x from which the op takes this kernel where nothing was measured on the GPU at hand, by what an H100 took for eight shapes at 32 to
-# 8192 rows (docs/tuning/linear_sm90.md): at 16 bits cuBLAS is level or ahead, and so is its product of e4m3 (NEVER); others from the
+# Rows of x from which the op takes this kernel where nothing was measured on the GPU at hand, by what an H100 took for eight shapes at 32
+# to 8192 rows (docs/tuning/linear_sm90.md): at 16 bits cuBLAS is level or ahead, and so is its product of e4m3 (NEVER); others from the
 # first row that is not another kernel's, if `worthwhile`.
 NEVER = 1 << 31
 FROM_ROWS = {"16-bit": NEVER, "int8": 17, "e4m3": 17, "int4": 17, "int8_int8": 1, "e4m3_e4m3": NEVER}

@@ -25,7 +25,7 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
     that exist.
 
     end(acc, ...): from its registers. end_shared(acc, base, block, blocks, ...): from those of all blocks of a cluster, through the shared
-    memory of their stages, which no more is in use: each block does its share of the columns, and adds in the order of the blocks.
+    memory of their stages, which no more is in use: each block (of 2, 4 or 8) does its share of the columns and adds pairs, pairs of pairs.
     A fragment, rows g and g + 8 of W times 8 of x, is rounded, turned, and halves are traded between neighbours: the four lanes of a row
     of x then write 32 bytes, a whole sector. What is added last comes the same way back. Gated, two fragments of 8 features each are put
     together, and odd lanes have the rows of the second; in end_shared one at a time is, and odd lanes have nothing.
@@ -174,39 +174,54 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
             ptx.st_shared_128(mine + np.uint32(j) * own_bytes, first_two[0], first_two[1], others[0], others[1])
         hopper.cluster_arrive()
         hopper.cluster_wait()
-        share = ptx.div_u32(np.uint32(tiles), blocks)
-        j = np.uint32(block * share)
+        shift = np.uint32(np.uint32(blocks >> np.uint32(1)) - np.uint32(blocks >> np.uint32(3)))  # logarithm
+        j = np.uint32(block * np.uint32(np.uint32(tiles) >> shift))
         own_first = np.int32(first_row + np.int32(np.uint32(8) * j))
         of_two, residual_at, residual_step, out_at, out_step, row, left = locate(first, own_first, features, half, given)
         scale_0, scale_1, bias_0, bias_1 = of_two
         form, linear, cubic = act
         gated, lane = half != np.int32(0), np.uint32(cuda.threadIdx.x) & np.uint32(3)
+        v = cuda.local.array(4, np.float32)
         own_row, last = np.int32(own_first + np.int32(np.uint32(2) * lane)), rows
         if gated and lane & np.uint32(1) != np.uint32(0):
             last = np.int32(0)
-        v = cuda.local.array(4, np.float32)
-        for _ in range(share):
-            for r in range(4):
-                v[r] = np.float32(0)
-            for other in range(blocks):
-                more = hopper.ld_cluster_f32x4(np.uint32(mine + j * own_bytes), np.uint32(other))
+        part = cuda.local.array(32, np.float32)
+        each = np.uint32(np.uint32(8) >> shift)  # fragments of which all parts are on their way at once
+        for _ in range(tiles // 8):
+            for i in range(8):
+                fragment, other = np.uint32(np.uint32(i) >> shift), np.uint32(i) & np.uint32(blocks - np.uint32(1))
+                more = hopper.ld_cluster_f32x4(np.uint32(mine + np.uint32(j + fragment) * own_bytes), other)
                 for r in range(4):
-                    v[r] += more[r]
-            x_0, x_1 = np.float32(1), np.float32(1)
-            if narrow:
-                x_0, x_1 = scale_of(given[1], own_row, rows), scale_of(given[1], np.int32(own_row + np.int32(1)), rows)
-                own_row = np.int32(own_row + np.int32(8))
-            v[0], v[1] = weighed(v[0], x_0, scale_0, bias_0), weighed(v[1], x_1, scale_0, bias_0)
-            up_0, up_1 = weighed(v[2], x_0, scale_1, bias_1), weighed(v[3], x_1, scale_1, bias_1)
-            v[2], v[3] = up_0, up_1
-            if form >= 0:
-                activate(v, form, linear, cubic)
-            if gated:
-                v[0], v[1] = v[0] * up_0, v[1] * up_1
-            here = np.uint32(row < last and left > np.int32(0))
-            emit(v[0], v[1], v[2], v[3], residual_at, out_at, here, wide, left)
-            residual_at, out_at = residual_at + residual_step, out_at + out_step
-            j, row = np.uint32(j + np.uint32(1)), np.int32(row + np.int32(8))
+                    part[4 * i + r] = more[r]
+            for i in range(4):
+                for r in range(4):
+                    part[4 * i + r] = part[8 * i + r] + part[8 * i + 4 + r]
+            if each < np.uint32(4):
+                for i in range(2):
+                    for r in range(4):
+                        part[4 * i + r] = part[8 * i + r] + part[8 * i + 4 + r]
+            if each == np.uint32(1):
+                for r in range(4):
+                    part[r] = part[r] + part[4 + r]
+            for i in range(4):
+                if np.uint32(i) < each:
+                    for r in range(4):
+                        v[r] = part[4 * i + r]
+                    x_0, x_1 = np.float32(1), np.float32(1)
+                    if narrow:
+                        x_0, x_1 = scale_of(given[1], own_row, rows), scale_of(given[1], np.int32(own_row + np.int32(1)), rows)
+                        own_row = np.int32(own_row + np.int32(8))
+                    v[0], v[1] = weighed(v[0], x_0, scale_0, bias_0), weighed(v[1], x_1, scale_0, bias_0)
+                    up_0, up_1 = weighed(v[2], x_0, scale_1, bias_1), weighed(v[3], x_1, scale_1, bias_1)
+                    v[2], v[3] = up_0, up_1
+                    if form >= 0:
+                        activate(v, form, linear, cubic)
+                    if gated:
+                        v[0], v[1] = v[0] * up_0, v[1] * up_1
+                    here = np.uint32(row < last and left > np.int32(0))
+                    emit(v[0], v[1], v[2], v[3], residual_at, out_at, here, wide, left)
+                    residual_at, out_at, row = residual_at + residual_step, out_at + out_step, np.int32(row + np.int32(8))
+            j = np.uint32(j + each)
         hopper.cluster_arrive_relaxed()  # the loads are done; to release what was written to out would wait for memory
         hopper.cluster_wait()  # the others have read what this block holds
 
