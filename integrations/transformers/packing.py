@@ -84,12 +84,12 @@ def run_packed(block: Block, x: torch.Tensor, packed: Packing, positions: torch.
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if cache is not None:
             cache.update(*(packed.spread(t).transpose(1, 2) for t in (k, v)), index)
-        return attend_packed(spec, packed.cu_seqlens, packed.longest, q, k, v)
+        return attend_packed(packed.cu_seqlens, packed.longest, spec, q, k, v)
 
     return packed.spread(block(packed.picked(x), attend, *packed.rotation(positions, freqs)))
 
 
-def attend_packed(spec: BlockSpec, starts: torch.Tensor, longest: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def attend_packed(starts: torch.Tensor, longest: int, spec: BlockSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attention within each sequence of q[1,T,H,D], k and v[1,T,Hkv,D]; they begin at starts[B + 1] and have `longest` tokens at most."""
     window = None if spec.window is None or longest <= spec.window + 1 else (spec.window, -1)
     return ops.attention_varlen(q[0], k[0], v[0], starts, starts, longest, longest, causal=spec.causal, scale=spec.scale,

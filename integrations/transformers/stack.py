@@ -7,6 +7,7 @@ many tokens there are is rounded up, and zeros fill the room as a sequence of th
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ftops import ops
-from ftops.block import Attend, Block, BlockSpec
+from ftops.block import Block, BlockSpec
 from ftops.generation.capture import Graphs
 from ftops.integrations.transformers.arch import Arch
 from ftops.integrations.transformers.archs import ARCHS
@@ -53,33 +54,39 @@ class Stack:
 
     def run(self, blocks: tuple[Block, ...], x: torch.Tensor, packed: Packing | None) -> torch.Tensor:
         """x[B,S,N] through the blocks; packed: on these tokens alone, 0 elsewhere."""
-        spec, count = blocks[0].spec, x.shape[:2].numel() if packed is None else packed.tokens.numel()
+        count = x.shape[:2].numel() if packed is None else packed.tokens.numel()
         if 0 < count * _flops_a_token(blocks[0]) < BUSY and _capturable(x):
             with self._lock:
-                if self._serves(blocks, x):
-                    return self._replayed(x, packed, count)
+                self._prepare(blocks, x)
+                return self._replayed(x, packed, count)
         if packed is None:
-            return _through(blocks, x, partial(_attend, spec))
-        return packed.spread(_through(blocks, packed.picked(x), partial(attend_packed, spec, packed.cu_seqlens, packed.longest)))
+            return _through(blocks, x, _attend)
+        return packed.spread(_through(blocks, packed.picked(x), partial(attend_packed, packed.cu_seqlens, packed.longest)))
 
-    def _serves(self, blocks: tuple[Block, ...], x: torch.Tensor) -> bool:
-        """Whether graphs of these blocks may be used here. They are of one stream, whose order keeps forwards apart."""
+    def _prepare(self, blocks: tuple[Block, ...], x: torch.Tensor) -> None:
+        """For forwards by these blocks, on the current stream: behind the last one, wherever that ran."""
+        stream = _stream(x)
         if len(blocks) != len(self._blocks) or any(one is not other for one, other in zip(blocks, self._blocks, strict=True)):
             self.forget()
-            self._blocks, self._graphs, self._stream = blocks, Graphs(x.device, True, PLAIN), _stream(x)
-        return _stream(x) == self._stream
+            self._blocks, self._graphs, self._stream = blocks, Graphs(x.device, True, PLAIN), stream
+        if stream != self._stream:
+            stream.wait_stream(self._stream)
+            for tensor in (self._tokens, self._starts):
+                if tensor is not None:
+                    tensor.record_stream(stream)
+            self._stream = stream
 
     def _replayed(self, x: torch.Tensor, packed: Packing | None, count: int) -> torch.Tensor:
-        (batch, length, width), spec = x.shape, self._blocks[0].spec
+        batch, length, width = x.shape
         room = count if packed is None else _rounded(count)
         tokens, starts = self._room(x, room, batch + 2)
         if packed is None:
-            key, attend = (batch, length), partial(_attend, spec)
+            key, attend = (batch, length), _attend
             tokens = tokens.view(batch, length, width)
             tokens.copy_(x)
         else:
             longest = -(-max(packed.longest, room - count) // TILE) * TILE
-            key, attend = (room, batch, longest), partial(attend_packed, spec, starts, longest)
+            key, attend = (room, batch, longest), partial(attend_packed, starts, longest)
             torch.index_select(x.flatten(0, 1), 0, packed.tokens, out=tokens[:count])
             tokens[count:].zero_()
             starts[:-1].copy_(packed.cu_seqlens)
@@ -155,9 +162,10 @@ def _both_ways(spec: BlockSpec) -> bool:
     return not spec.causal and spec.window is None and spec.rotary is None
 
 
-def _through(blocks: tuple[Block, ...], x: torch.Tensor, attend: Attend) -> torch.Tensor:
+def _through(blocks: tuple[Block, ...], x: torch.Tensor, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """attend(block's spec, q, k, v)."""
     for block in blocks:
-        x = block(x, attend)
+        x = block(x, partial(attend, block.spec))
     return x
 
 
@@ -174,8 +182,8 @@ def _capturable(x: torch.Tensor) -> bool:
     return x.is_cuda and not heard(x) and not torch.cuda.is_current_stream_capturing()
 
 
-def _stream(x: torch.Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream
+def _stream(x: torch.Tensor) -> torch.cuda.Stream:
+    return torch.cuda.current_stream(x.device)
 
 
 def _rounded(count: int) -> int:
