@@ -15,10 +15,6 @@ from ftops.numba_kernels import ptx_sm90 as hopper
 from ftops.numba_kernels.activation import make_activate
 from ftops.numba_kernels.linear_sm90_config import Config
 
-# Fragments of which the code is written out; then the next take their place. Code that runs once a tile comes from memory each time that
-# a kernel starts, and the more registers are moved up, the longer that takes.
-WRITTEN_OUT = 8
-
 
 def make_finish(config: Config) -> tuple[Callable, Callable]:
     """(end, end_shared): out[first_row : first_row + columns, first : first + 64, gated 32] from a warpgroup's sums, to rows and features
@@ -35,19 +31,15 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
     """
     tiles, scaled, narrow, dtype = config.columns // 8, config.bits == 8, config.narrow, config.dtype
     low, high, pair, turn = ptx.LOW[dtype], ptx.HIGH[dtype], ptx.PAIR[dtype], ptx.movmatrix_trans
-    neighbour, activate, consumers, own_bytes = ptx.shuffle_xor[1], make_activate(4), np.uint32(256), np.uint32(16 * 256)
-    count = WRITTEN_OUT
-    values, rows_at_once = 4 * count, 2 * count
+    neighbour, activate, consumers, own_bytes = ptx.shuffle_xor[1], make_activate(16), np.uint32(256), np.uint32(16 * 256)
 
     @cuda.jit(device=True, forceinline=True)
     def traded(word):
         return ptx.f32_bits(neighbour(ptx.bits_f32(word)))
 
     @cuda.jit(device=True, forceinline=True)
-    def fetch(at, here, wide, left):
-        """Four neighbouring values of 16 bits, as two words."""
-        if wide:
-            return hopper.ld_written_64_if(at, here)
+    def fetch(at, here, left):
+        """Four neighbouring values of 16 bits, as two words, of which `left` are there."""
         first = hopper.ld_written_16_if(at, here)
         second = hopper.ld_written_16_if(at + np.uint64(2), np.uint32(here != np.uint32(0) and left > np.int32(1)))
         third = hopper.ld_written_16_if(at + np.uint64(4), np.uint32(here != np.uint32(0) and left > np.int32(2)))
@@ -55,14 +47,11 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
         return np.uint32(first | second << np.uint32(16)), np.uint32(third | fourth << np.uint32(16))
 
     @cuda.jit(device=True, forceinline=True)
-    def put(at, first, second, here, wide, left):
-        if wide:
-            ptx.st_global_64_if(at, first, second, here)
-        else:
-            ptx.st_global_16_if(at, first, here)
-            ptx.st_global_16_if(at + np.uint64(2), first >> np.uint32(16), np.uint32(here != np.uint32(0) and left > np.int32(1)))
-            ptx.st_global_16_if(at + np.uint64(4), second, np.uint32(here != np.uint32(0) and left > np.int32(2)))
-            ptx.st_global_16_if(at + np.uint64(6), second >> np.uint32(16), np.uint32(here != np.uint32(0) and left > np.int32(3)))
+    def put(at, first, second, here, left):
+        ptx.st_global_16_if(at, first, here)
+        ptx.st_global_16_if(at + np.uint64(2), first >> np.uint32(16), np.uint32(here != np.uint32(0) and left > np.int32(1)))
+        ptx.st_global_16_if(at + np.uint64(4), second, np.uint32(here != np.uint32(0) and left > np.int32(2)))
+        ptx.st_global_16_if(at + np.uint64(6), second >> np.uint32(16), np.uint32(here != np.uint32(0) and left > np.int32(3)))
 
     @cuda.jit(device=True, forceinline=True)
     def weighed(value, x_scale, scale, bias):
@@ -71,17 +60,44 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
         return ptx.fma(value, scale, bias) if scaled else value + bias
 
     @cuda.jit(device=True, forceinline=True)
-    def emit(a, b, c, d, residual_at, out_at, here, wide, left):
-        """a, b: a thread's values of the first half of what is put together; c, d: of the second."""
+    def emit(v, count, residual_at, residual_step, out_at, out_step, row, row_step, rows, wide, left):
+        """The first `count` of four times 2 + 2 values of a thread, each of the halves of what is put together, to rows row_step apart.
+
+        Step by step for all four: a warp waits for each kind of instruction once.
+        """
         odd = np.uint32(cuda.threadIdx.x) & np.uint32(1) != np.uint32(0)
+        first = cuda.local.array(4, np.uint32)
+        second = cuda.local.array(4, np.uint32)
+        given = cuda.local.array(4, np.uint32)
+        here = cuda.local.array(4, np.uint32)
+        for i in range(4):
+            here[i] = np.uint32(np.int32(row + np.int32(i) * row_step) < rows and left > np.int32(0) and np.uint32(i) < count)
         if residual_at != np.uint64(0):
-            first, second = fetch(residual_at, here, wide, left)
-            given = traded(first if odd else second)
-            upper, lower = turn(given if odd else first), turn(second if odd else given)
-            a, b, c, d = a + low(upper), b + high(upper), c + low(lower), d + high(lower)
-        upper, lower = turn(pair(a, b)), turn(pair(c, d))
-        given = traded(upper if odd else lower)
-        put(out_at, given if odd else upper, lower if odd else given, here, wide, left)
+            if wide:
+                for i in range(4):
+                    first[i], second[i] = hopper.ld_written_64_if(residual_at + np.uint64(i) * residual_step, here[i])
+            else:
+                for i in range(4):
+                    first[i], second[i] = fetch(residual_at + np.uint64(i) * residual_step, here[i], left)
+            for i in range(4):
+                given[i] = traded(first[i] if odd else second[i])
+            for i in range(4):
+                first[i], second[i] = turn(given[i] if odd else first[i]), turn(second[i] if odd else given[i])
+            for i in range(4):
+                v[4 * i], v[4 * i + 1] = v[4 * i] + low(first[i]), v[4 * i + 1] + high(first[i])
+                v[4 * i + 2], v[4 * i + 3] = v[4 * i + 2] + low(second[i]), v[4 * i + 3] + high(second[i])
+        for i in range(4):
+            first[i], second[i] = turn(pair(v[4 * i], v[4 * i + 1])), turn(pair(v[4 * i + 2], v[4 * i + 3]))
+        for i in range(4):
+            given[i] = traded(first[i] if odd else second[i])
+        for i in range(4):
+            first[i], second[i] = given[i] if odd else first[i], second[i] if odd else given[i]
+        if wide:
+            for i in range(4):
+                ptx.st_global_64_if(out_at + np.uint64(i) * out_step, first[i], second[i], here[i])
+        else:
+            for i in range(4):
+                put(out_at + np.uint64(i) * out_step, first[i], second[i], here[i], left)
 
     @cuda.jit(device=True, forceinline=True)
     def locate(first, first_row, features, half, given):
@@ -129,39 +145,46 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
         form, linear, cubic = act
         gated = half != np.int32(0)
         own_row = np.int32(first_row + np.int32(np.uint32(2) * (np.uint32(cuda.threadIdx.x) & np.uint32(3))))
-        upper = cuda.local.array(4, np.float32)
-        lower = cuda.local.array(4, np.float32)
-        x_scale = cuda.local.array(rows_at_once, np.float32)
-        for i in range(rows_at_once):
+        upper = cuda.local.array(16, np.float32)
+        lower = cuda.local.array(16, np.float32)
+        v = cuda.local.array(16, np.float32)
+        x_scale = cuda.local.array(16, np.float32)
+        for i in range(16):
             x_scale[i] = np.float32(1)
-        waiting = ptx.here(np.uint32(tiles // count))
+        eight_rows, apart = np.int32(8), np.uint64(2) if gated else np.uint64(1)
+        row_step = np.int32(16) if gated else eight_rows
+        waiting = ptx.here(np.uint32(tiles // 8))
         while waiting != np.uint32(0):
             if narrow:
-                for i in range(rows_at_once):
+                for i in range(16):
                     x_scale[i] = scale_of(given[1], np.int32(own_row + np.int32(8 * (i // 2) + i % 2)), rows)
-                own_row = np.int32(own_row + np.int32(8 * count))
-            for j in range(0, count, 2):
-                for r in range(4):
-                    at, x_one = 4 * j + 4 * (r // 2) + r % 2, x_scale[2 * j + r]
-                    upper[r] = weighed(np.float32(acc[at]), x_one, scale_0, bias_0)
-                    lower[r] = weighed(np.float32(acc[at + 2]), x_one, scale_1, bias_1)
-                if form >= 0:
-                    activate(upper, form, linear, cubic)
-                if gated:
-                    for r in range(4):
-                        upper[r] *= lower[r]
-                elif form >= 0:
-                    activate(lower, form, linear, cubic)
-                here = np.uint32(row < rows and left > np.int32(0))
-                third, fourth = upper[2] if gated else lower[0], upper[3] if gated else lower[1]
-                emit(upper[0], upper[1], third, fourth, residual_at, out_at, here, wide, left)
-                residual_at, out_at, row = residual_at + residual_step, out_at + out_step, np.int32(row + np.int32(8))
-                if not gated:
-                    here = np.uint32(row < rows and left > np.int32(0))
-                    emit(upper[2], upper[3], lower[2], lower[3], residual_at, out_at, here, wide, left)
-                residual_at, out_at, row = residual_at + residual_step, out_at + out_step, np.int32(row + np.int32(8))
-            for i in range(4 * tiles - values):
-                acc[i] = acc[i + values]
+                own_row = np.int32(own_row + np.int32(64))
+            for i in range(16):
+                at = 4 * (i // 2) + i % 2
+                upper[i] = weighed(np.float32(acc[at]), x_scale[i], scale_0, bias_0)
+                lower[i] = weighed(np.float32(acc[at + 2]), x_scale[i], scale_1, bias_1)
+            if form >= 0:
+                activate(upper, form, linear, cubic)
+            if gated:
+                for i in range(16):
+                    upper[i] *= lower[i]
+            elif form >= 0:
+                activate(lower, form, linear, cubic)
+            for i in range(4):
+                for r in range(2):
+                    v[4 * i + r] = upper[4 * i + r] if gated else upper[2 * i + r]
+                    v[4 * i + 2 + r] = upper[4 * i + 2 + r] if gated else lower[2 * i + r]
+            emit(v, np.uint32(4), residual_at, apart * residual_step, out_at, apart * out_step, row, row_step, rows, wide, left)
+            if not gated:
+                for i in range(4):
+                    for r in range(2):
+                        v[4 * i + r], v[4 * i + 2 + r] = upper[8 + 2 * i + r], lower[8 + 2 * i + r]
+                emit(v, np.uint32(4), residual_at + np.uint64(4) * residual_step, residual_step, out_at + np.uint64(4) * out_step, out_step,
+                     np.int32(row + np.int32(32)), eight_rows, rows, wide, left)
+            residual_at, out_at = residual_at + np.uint64(8) * residual_step, out_at + np.uint64(8) * out_step
+            row = np.int32(row + np.int32(64))
+            for i in range(4 * tiles - 32):
+                acc[i] = acc[i + 32]
             waiting = ptx.here(np.uint32(waiting - np.uint32(1)))
 
     @cuda.jit(device=True, forceinline=True)
@@ -181,11 +204,11 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
         scale_0, scale_1, bias_0, bias_1 = of_two
         form, linear, cubic = act
         gated, lane = half != np.int32(0), np.uint32(cuda.threadIdx.x) & np.uint32(3)
-        v = cuda.local.array(4, np.float32)
-        own_row, last = np.int32(own_first + np.int32(np.uint32(2) * lane)), rows
+        own_row, last, eight_rows = np.int32(own_first + np.int32(np.uint32(2) * lane)), rows, np.int32(8)
         if gated and lane & np.uint32(1) != np.uint32(0):
             last = np.int32(0)
         part = cuda.local.array(32, np.float32)
+        v = cuda.local.array(16, np.float32)
         each = np.uint32(np.uint32(8) >> shift)  # fragments of which all parts are on their way at once
         for _ in range(tiles // 8):
             for i in range(8):
@@ -204,24 +227,24 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
                 for r in range(4):
                     part[r] = part[r] + part[4 + r]
             for i in range(4):
-                if np.uint32(i) < each:
-                    for r in range(4):
-                        v[r] = part[4 * i + r]
-                    x_0, x_1 = np.float32(1), np.float32(1)
-                    if narrow:
-                        x_0, x_1 = scale_of(given[1], own_row, rows), scale_of(given[1], np.int32(own_row + np.int32(1)), rows)
-                        own_row = np.int32(own_row + np.int32(8))
-                    v[0], v[1] = weighed(v[0], x_0, scale_0, bias_0), weighed(v[1], x_1, scale_0, bias_0)
-                    up_0, up_1 = weighed(v[2], x_0, scale_1, bias_1), weighed(v[3], x_1, scale_1, bias_1)
-                    v[2], v[3] = up_0, up_1
-                    if form >= 0:
-                        activate(v, form, linear, cubic)
-                    if gated:
-                        v[0], v[1] = v[0] * up_0, v[1] * up_1
-                    here = np.uint32(row < last and left > np.int32(0))
-                    emit(v[0], v[1], v[2], v[3], residual_at, out_at, here, wide, left)
-                    residual_at, out_at, row = residual_at + residual_step, out_at + out_step, np.int32(row + np.int32(8))
-            j = np.uint32(j + each)
+                x_0, x_1 = np.float32(1), np.float32(1)
+                if narrow:
+                    own = np.int32(own_row + np.int32(8 * i))
+                    x_0, x_1 = scale_of(given[1], own, rows), scale_of(given[1], np.int32(own + np.int32(1)), rows)
+                v[4 * i], v[4 * i + 1] = weighed(part[4 * i], x_0, scale_0, bias_0), weighed(part[4 * i + 1], x_1, scale_0, bias_0)
+                v[4 * i + 2], v[4 * i + 3] = weighed(part[4 * i + 2], x_0, scale_1, bias_1), weighed(part[4 * i + 3], x_1, scale_1, bias_1)
+            for i in range(16):
+                part[i] = v[i]
+            if form >= 0:
+                activate(v, form, linear, cubic)
+            if gated:
+                for i in range(4):
+                    v[4 * i], v[4 * i + 1] = v[4 * i] * part[4 * i + 2], v[4 * i + 1] * part[4 * i + 3]
+            emit(v, each, residual_at, residual_step, out_at, out_step, row, eight_rows, last, wide, left)
+            here = np.uint64(each)
+            residual_at, out_at = residual_at + here * residual_step, out_at + here * out_step
+            move = np.int32(np.uint32(8) * each)
+            row, own_row, j = np.int32(row + move), np.int32(own_row + move), np.uint32(j + each)
         hopper.cluster_arrive_relaxed()  # the loads are done; to release what was written to out would wait for memory
         hopper.cluster_wait()  # the others have read what this block holds
 
