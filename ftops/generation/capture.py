@@ -35,8 +35,7 @@ class Graphs:
         self._device, self._capturable, self._plain = device, capturable, plain
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._times: Counter[Hashable] = Counter()
-        # Never two at once: what one leaves in its memory, beside the tensors that it is given, no other needs.
-        self._pool = torch.cuda.graph_pool_handle() if capturable else None
+        self.forget()
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """`work` on the same tensors for the same key."""
@@ -62,3 +61,6 @@ class Graphs:
         """The tensors are others now."""
         self._graphs.clear()
         self._times.clear()
+        # One for all, since never two run at once: what one leaves in its memory, beside the tensors that it is given, no other needs. A pool
+        # whose graphs are all gone cannot be used again (an assertion of PyTorch's allocator).
+        self._pool = torch.cuda.graph_pool_handle() if self._capturable else None
