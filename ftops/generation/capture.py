@@ -61,6 +61,6 @@ class Graphs:
         """The tensors are others now."""
         self._graphs.clear()
         self._times.clear()
-        # One for all, since never two run at once: what one leaves in its memory, beside the tensors that it is given, no other needs. A pool
-        # whose graphs are all gone cannot be used again (an assertion of PyTorch's allocator).
+        # One for all, since never two run at once: what one leaves in its memory, beside the tensors that it is given, no other needs.
+        # A pool of which all graphs are gone cannot be used again: an assertion of PyTorch's allocator.
         self._pool = torch.cuda.graph_pool_handle() if self._capturable else None
