@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 FEATURES = 128  # of the product, rows of W, a tile: 64 for each of two warpgroups
 ROW_BYTES = 128  # of x in shared memory, the widest rows that TMA and wgmma swizzle
 GROUP = 16  # tiles of features that are walked before the next rows of x: 132 tiles at a time then read the least of both
-SPLITS = (1, 2, 4, 8)  # blocks of a cluster that share the k of a tile
+SPLITS = (2, 4, 8)  # blocks of a cluster that share the k of a tile
 _SHARED = 227 * 1024 - 1008  # of a block, with 1008 bytes to align the base: dynamic shared memory begins on 16 bytes
 
 BITS = {"16-bit": 16, "int8": 8, "e4m3": 8, "int4": 4, "int8_int8": 8, "e4m3_e4m3": 8}  # of a value of W, by kind
@@ -91,6 +93,15 @@ class Config:
         return self.empty_at + 8 * self.stages + 1008
 
 
+class Plan(NamedTuple):
+    """Tiles, and how blocks take them. splits: blocks of a cluster that share a tile's k, 1, 2, 4 or 8. paired: two blocks of a cluster
+    take neighbouring features, and each brings half of x to both."""
+
+    config: Config
+    splits: int = 1
+    paired: bool = False
+
+
 # Rows of x from which the op takes this kernel where nothing was measured on the GPU at hand, by what an H100 took for eight shapes at 32
 # to 8192 rows (docs/tuning/linear_sm90.md): at 16 bits cuBLAS is level or ahead, and so is its product of e4m3 (NEVER); others from the
 # first row that is not another kernel's, if `worthwhile`.
@@ -107,11 +118,27 @@ _ISSUED = {"16-bit": 0.64, "int8": 2.18, "e4m3": 2.89, "int4": 2.61, "int8_int8"
 _L2, _MEMORY = 10.0e6, 2.33e6  # bytes a us, to all multiprocessors
 
 
-def pick(kind: str, dtype: str, rows: int, features: int, depth: int, multiprocessors: int) -> tuple[Config, int]:
-    """The tile, and how many blocks share its k, with the least predicted time for x[rows, depth], W[features, depth]."""
-    return min(((config, splits) for config in (Config(kind, dtype, columns) for columns in COLUMNS[kind])
-                for splits in SPLITS if fits(config, splits, rows, features, depth, multiprocessors)),
-               key=lambda chosen: microseconds(*chosen, rows, features, depth, multiprocessors))
+def pick(kind: str, dtype: str, rows: int, features: int, depth: int, multiprocessors: int) -> Plan:
+    """What has the least predicted time for x[rows, depth], W[features, depth]."""
+    return min((plan for plan in plans(kind, dtype, rows, features, depth, multiprocessors) if not plan.paired),
+               key=lambda plan: microseconds(plan, rows, features, depth, multiprocessors))
+
+
+def plans(kind: str, dtype: str, rows: int, features: int, depth: int, multiprocessors: int) -> Iterator[Plan]:
+    """All there are. Blocks that share a k have four stages each at least, and run all at once.
+
+    The blocks of a cluster are neighbours (of one GPC, which has 16 or 18 multiprocessors, or fewer): 32 clusters of four take two rounds
+    on the 132 of an H100, 20 do not.
+    """
+    for config in (Config(kind, dtype, columns) for columns in COLUMNS[kind]):
+        of_features, of_rows = tiles_of(config, rows, features)
+        yield Plan(config)
+        if of_features > 1:
+            yield Plan(config, paired=True)
+        for splits in SPLITS:
+            most = multiprocessors if splits == 2 else 10 * multiprocessors // 11
+            if splits * of_features * of_rows <= most and 4 * splits <= -(-depth // config.depth):
+                yield Plan(config, splits)
 
 
 def tiles_of(config: Config, rows: int, features: int) -> tuple[int, int]:
@@ -119,20 +146,9 @@ def tiles_of(config: Config, rows: int, features: int) -> tuple[int, int]:
     return -(-features // FEATURES), -(-rows // config.columns)
 
 
-def fits(config: Config, splits: int, rows: int, features: int, depth: int, multiprocessors: int) -> bool:
-    """Whether `splits` blocks may share the k of a tile: with four stages each at least, and all at once.
-
-    The blocks of a cluster are neighbours (of one GPC, which has 16 or 18 multiprocessors, or fewer): 32 clusters of four take two rounds
-    on the 132 of an H100, 20 do not.
-    """
-    of_features, of_rows = tiles_of(config, rows, features)
-    most = multiprocessors if splits <= 2 else 10 * multiprocessors // 11
-    return splits == 1 or (splits * of_features * of_rows <= most and 4 * splits <= -(-depth // config.depth)
-                           and not config.columns // 8 % splits)
-
-
-def microseconds(config: Config, splits: int, rows: int, features: int, depth: int, multiprocessors: int) -> float:
+def microseconds(plan: Plan, rows: int, features: int, depth: int, multiprocessors: int) -> float:
     """Predicted time."""
+    config, splits, _ = plan
     of_features, of_rows = tiles_of(config, rows, features)
     blocks = of_features * of_rows * splits
     rounds, bits = -(-blocks // multiprocessors), 4.25 if config.kind == "int4" else config.bits
@@ -150,5 +166,5 @@ def worthwhile(kind: str, rows: int, features: int, depth: int, multiprocessors:
         return True
     # cuBLAS at 720 TFLOP/s or 2.5 TB/s, and 0.75 us for a million values of W.
     library = 4.0 + features * depth * (max(2 * rows / 720e6, 2 / 2.5e6) + 0.75e-6)
-    config, splits = pick(kind, "bfloat16", rows, features, depth, multiprocessors)
-    return microseconds(config, splits, rows, features, depth, multiprocessors) <= library
+    plan = pick(kind, "bfloat16", rows, features, depth, multiprocessors)
+    return microseconds(plan, rows, features, depth, multiprocessors) <= library

@@ -22,20 +22,26 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
 
     end(acc, ...): from its registers. end_shared(acc, base, block, blocks, ...): from those of all blocks of a cluster, through the shared
     memory of their stages, which no more is in use: each block (of 2, 4 or 8) does its share of the columns and adds pairs, pairs of pairs.
-    A fragment, rows g and g + 8 of W times 8 of x, is rounded, turned, and halves are traded between neighbours: the four lanes of a row
-    of x then write 32 bytes, a whole sector. What is added last comes the same way back. Gated, two fragments of 8 features each are put
-    together, and odd lanes have the rows of the second; in end_shared one at a time is, and odd lanes have nothing.
+    A fragment, rows g and g + 8 of W times 8 of x, is rounded and traded twice between lanes, until four of them have 16 neighbouring
+    features of a row of x, 32 bytes, a whole sector. What is added last comes the same way back. Gated, two fragments of
+    8 features each are put together, and lanes whose bit 3 is set have the rows of the second; in end_shared one at a time is, and those
+    lanes have nothing.
 
     first, half: in rows of W; half: of gate, 0 where there is none. given: addresses of scales of W and of x, bias, residual, elements
     between its rows, address of out. act: the activation.
     """
     tiles, scaled, narrow, dtype = config.columns // 8, config.bits == 8, config.narrow, config.dtype
-    low, high, pair, turn = ptx.LOW[dtype], ptx.HIGH[dtype], ptx.PAIR[dtype], ptx.movmatrix_trans
-    neighbour, activate, consumers, own_bytes = ptx.shuffle_xor[1], make_activate(16), np.uint32(256), np.uint32(16 * 256)
+    low, high, pair, across_4, across_8 = ptx.LOW[dtype], ptx.HIGH[dtype], ptx.PAIR[dtype], ptx.shuffle_xor[4], ptx.shuffle_xor[8]
+    lows, highs = np.uint32(0x5410), np.uint32(0x7632)  # of two words, for permute
+    activate, consumers, own_bytes = make_activate(16), np.uint32(256), np.uint32(16 * 256)
 
     @cuda.jit(device=True, forceinline=True)
-    def traded(word):
-        return ptx.f32_bits(neighbour(ptx.bits_f32(word)))
+    def traded_4(word):
+        return ptx.f32_bits(across_4(ptx.bits_f32(word)))
+
+    @cuda.jit(device=True, forceinline=True)
+    def traded_8(word):
+        return ptx.f32_bits(across_8(ptx.bits_f32(word)))
 
     @cuda.jit(device=True, forceinline=True)
     def fetch(at, here, left):
@@ -65,7 +71,8 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
 
         Step by step for all four: a warp waits for each kind of instruction once.
         """
-        odd = np.uint32(cuda.threadIdx.x) & np.uint32(1) != np.uint32(0)
+        lane = np.uint32(cuda.threadIdx.x)
+        odd, second_half = lane & np.uint32(4) != np.uint32(0), lane & np.uint32(8) != np.uint32(0)
         first = cuda.local.array(4, np.uint32)
         second = cuda.local.array(4, np.uint32)
         given = cuda.local.array(4, np.uint32)
@@ -79,19 +86,36 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
             else:
                 for i in range(4):
                     first[i], second[i] = fetch(residual_at + np.uint64(i) * residual_step, here[i], left)
+            # The trades below in reverse.
             for i in range(4):
-                given[i] = traded(first[i] if odd else second[i])
+                given[i] = traded_8(first[i] if second_half else second[i])
             for i in range(4):
-                first[i], second[i] = turn(given[i] if odd else first[i]), turn(second[i] if odd else given[i])
+                own, other = second[i] if second_half else first[i], given[i]
+                first[i], second[i] = other if second_half else own, own if second_half else other
             for i in range(4):
-                v[4 * i], v[4 * i + 1] = v[4 * i] + low(first[i]), v[4 * i + 1] + high(first[i])
-                v[4 * i + 2], v[4 * i + 3] = v[4 * i + 2] + low(second[i]), v[4 * i + 3] + high(second[i])
+                low_word, high_word = ptx.permute(first[i], second[i], lows), ptx.permute(first[i], second[i], highs)
+                first[i], given[i] = high_word if odd else low_word, low_word if odd else high_word
+            for i in range(4):
+                given[i] = traded_4(given[i])
+            for i in range(4):
+                even_row, odd_row = given[i] if odd else first[i], first[i] if odd else given[i]
+                v[4 * i], v[4 * i + 1] = v[4 * i] + low(even_row), v[4 * i + 1] + low(odd_row)
+                v[4 * i + 2], v[4 * i + 3] = v[4 * i + 2] + high(even_row), v[4 * i + 3] + high(odd_row)
+        # A lane has two rows of x of one feature of each half: it keeps one row, and has two neighbouring features of each half ...
         for i in range(4):
-            first[i], second[i] = turn(pair(v[4 * i], v[4 * i + 1])), turn(pair(v[4 * i + 2], v[4 * i + 3]))
+            even_row, odd_row = pair(v[4 * i], v[4 * i + 2]), pair(v[4 * i + 1], v[4 * i + 3])
+            first[i], given[i] = odd_row if odd else even_row, even_row if odd else odd_row
         for i in range(4):
-            given[i] = traded(first[i] if odd else second[i])
+            given[i] = traded_4(given[i])
         for i in range(4):
-            first[i], second[i] = given[i] if odd else first[i], second[i] if odd else given[i]
+            before, behind = given[i] if odd else first[i], first[i] if odd else given[i]
+            first[i], second[i] = ptx.permute(before, behind, lows), ptx.permute(before, behind, highs)
+        # ... and then four of one.
+        for i in range(4):
+            given[i] = traded_8(first[i] if second_half else second[i])
+        for i in range(4):
+            own = second[i] if second_half else first[i]
+            first[i], second[i] = given[i] if second_half else own, own if second_half else given[i]
         if wide:
             for i in range(4):
                 ptx.st_global_64_if(out_at + np.uint64(i) * out_step, first[i], second[i], here[i])
@@ -107,14 +131,15 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
         thread = np.uint32(cuda.threadIdx.x)
         lane = thread & np.uint32(31)
         g, gated = np.int32(lane >> np.uint32(2)), half != np.int32(0)
-        odd, pairs = lane & np.uint32(1), np.uint32(2) * (lane & np.uint32(2))
+        second_half, quad = (lane >> np.uint32(3)) & np.uint32(1), np.uint32(4) * (lane >> np.uint32(4))
+        own_row = np.int32(np.uint32(2) * (lane & np.uint32(3)) + ((lane >> np.uint32(2)) & np.uint32(1)))
         first = np.int32(first + np.int32((thread >> np.uint32(5)) * np.uint32(16)))
-        row, width, feature = np.int32(first_row + g), features, np.int32(first + np.int32(np.uint32(8) * odd + pairs))
+        row, width, feature = np.int32(first_row + own_row), features, np.int32(first + np.int32(np.uint32(8) * second_half + quad))
         last = np.int32(features - np.int32(1))
         upper, lower = min(np.int32(first + g), last), min(np.int32(first + g + np.int32(8)), last)
         if gated:
             first = np.int32(first >> np.int32(1))
-            row, width, feature = np.int32(row + np.int32(np.uint32(8) * odd)), half, np.int32(first + np.int32(pairs))
+            row, width, feature = np.int32(row + np.int32(np.uint32(8) * second_half)), half, np.int32(first + np.int32(quad))
             upper = min(np.int32(first + g), np.int32(half - np.int32(1)))
             lower = np.int32(upper + half)
         upper_at, lower_at = np.uint64(np.uint32(upper)), np.uint64(np.uint32(lower))
@@ -205,7 +230,7 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
         form, linear, cubic = act
         gated, lane = half != np.int32(0), np.uint32(cuda.threadIdx.x) & np.uint32(3)
         own_row, last, eight_rows = np.int32(own_first + np.int32(np.uint32(2) * lane)), rows, np.int32(8)
-        if gated and lane & np.uint32(1) != np.uint32(0):
+        if gated and np.uint32(cuda.threadIdx.x) & np.uint32(8) != np.uint32(0):
             last = np.int32(0)
         part = cuda.local.array(32, np.float32)
         v = cuda.local.array(16, np.float32)

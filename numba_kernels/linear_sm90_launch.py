@@ -9,7 +9,7 @@ import torch
 from ftops.numba_kernels import tuned
 from ftops.numba_kernels.launch import Kernel, capability, load, multiprocessors
 from ftops.numba_kernels.linear_sm90 import spec
-from ftops.numba_kernels.linear_sm90_config import COLUMNS, FEATURES, FROM_ROWS, SPLITS, Config, fits, pick, tiles_of, worthwhile
+from ftops.numba_kernels.linear_sm90_config import FEATURES, FROM_ROWS, Config, Plan, pick, plans, tiles_of, worthwhile
 from ftops.numba_kernels.linear_tile import added, aligned_x, form_of, kind_of
 from ftops.numba_kernels.rows import DTYPE_NAME
 from ftops.numba_kernels.tma import tiles
@@ -60,37 +60,35 @@ def left_to_others(kind: str, most: int, device: int) -> int:
     return min(most, FROM_ROWS[kind] - 1) if capability(device) == (9, 0) else most
 
 
-def candidates(kind: str, dtype: str, rows: int, N: int, K: int, device: int) -> dict[str, tuple[Config, int]]:
-    """What `ftops tune` measures, by name: first what `pick` gives, then each tile and number of blocks that share its k."""
-    most = multiprocessors(device)
-    offered = [pick(kind, dtype, rows, N, K, most)]
-    offered += [(config, splits) for config in (Config(kind, dtype, columns) for columns in COLUMNS[kind]) for splits in SPLITS
-                if fits(config, splits, rows, N, K, most)]
-    return {f"{tuned.name_of('linear_sm90', config)}, splits {splits}": (config, splits) for config, splits in offered}
+def candidates(kind: str, dtype: str, rows: int, N: int, K: int, device: int) -> dict[str, Plan]:
+    """What `ftops tune` measures, by name: first what `pick` gives, then all others."""
+    problem = kind, dtype, rows, N, K, multiprocessors(device)
+    return {f"{tuned.name_of('linear_sm90', config)}, " + ("paired" if paired else f"splits {splits}"): Plan(config, splits, paired)
+            for config, splits, paired in (pick(*problem), *plans(*problem))}
 
 
 @functools.cache
-def _picked(kind: str, group_size: int, dtype: torch.dtype, rows: int, N: int, width: int, K: int, device: int) -> tuple[Config, int]:
+def _picked(kind: str, group_size: int, dtype: torch.dtype, rows: int, N: int, width: int, K: int, device: int) -> Plan:
     problem = tuned.problem(tuned.op_of(kind, group_size), dtype, N, width)
     return tuned.chosen(problem, rows, device, candidates(kind, DTYPE_NAME[dtype], rows, N, K, device))
 
 
 @functools.cache
-def _loaded(config: Config, splits: int, device: int) -> Kernel:
-    return load(spec(config, splits), device)
+def _loaded(config: Config, cluster: int, device: int) -> Kernel:
+    return load(spec(config, cluster), device)
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
-           residual: torch.Tensor | None, gated: bool = False, picked: tuple[Config, int] | None = None) -> torch.Tensor:
-    """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32. gated: N a multiple of 16. picked: a
-    tile, and how many blocks share its k, in place of what `pick` gives."""
+           residual: torch.Tensor | None, gated: bool = False, picked: Plan | None = None) -> torch.Tensor:
+    """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32. gated: N a multiple of 16. picked:
+    in place of what `pick` gives."""
     return _start((kind_of(weight.dtype), 0, weight.shape[1]), x, x.dtype, None, weight.shape[0], _by_rows(weight, scales, gated), bias,
                   activation, residual, gated, picked)
 
 
 def launch_narrow(x: torch.Tensor, x_scales: torch.Tensor, dtype: torch.dtype, weight: torch.Tensor, scales: torch.Tensor,
                   bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None, gated: bool = False,
-                  picked: tuple[Config, int] | None = None) -> torch.Tensor:
+                  picked: Plan | None = None) -> torch.Tensor:
     """x[rows, width] and weight[N, width], both int8 or both e4m3, x_scales[rows] and scales[N], float32, to [rows, N] of `dtype`."""
     kind = kind_of(weight.dtype)
     return _start((f"{kind}_{kind}", 0, weight.shape[1]), x, dtype, x_scales, weight.shape[0], _by_rows(weight, scales, gated), bias,
@@ -98,7 +96,7 @@ def launch_narrow(x: torch.Tensor, x_scales: torch.Tensor, dtype: torch.dtype, w
 
 
 def launch_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None,
-                 activation: str | None, residual: torch.Tensor | None, picked: tuple[Config, int] | None = None) -> torch.Tensor:
+                 activation: str | None, residual: torch.Tensor | None, picked: Plan | None = None) -> torch.Tensor:
     """packed [tiles, pieces, 32, 4]; scales [tiles, groups, 8, 4], or [..., 2] with zero points."""
     (of_32, pieces), groups = packed.shape[:2], scales.shape[1]
     shift, record = (pieces // groups).bit_length() - 1, scales[0, 0, 0].nbytes
@@ -130,7 +128,7 @@ def _by_rows(weight: torch.Tensor, scales: torch.Tensor | None, gated: bool) -> 
 
 def _start(weight: tuple[str, int, int], x: torch.Tensor, dtype: torch.dtype, x_scales: torch.Tensor | None, N: int,
            stored: Callable[[Config], tuple[bytes | int, ...]], bias: torch.Tensor | None, activation: str | None,
-           residual: torch.Tensor | None, gated: bool, picked: tuple[Config, int] | None) -> torch.Tensor:
+           residual: torch.Tensor | None, gated: bool, picked: Plan | None) -> torch.Tensor:
     """weight: kind, values of k that share a scale of int4, columns; dtype: of the result. stored(config): maps of W and of int4's scales,
     address of other scales, how int4 is grouped."""
     rows, device, half = x.numel() // x.shape[-1], x.device.index, N // 2 if gated else 0
@@ -138,12 +136,13 @@ def _start(weight: tuple[str, int, int], x: torch.Tensor, dtype: torch.dtype, x_
     x, x_stride, K = aligned_x(x, rows)
     bias_at, residual_at, residual_stride, _held = added(bias, residual)
     wide = not ((half or N) % 4 or residual_stride % 4 or residual_at % 8)
-    config, splits = picked or _picked(*weight[:2], dtype, rows, N, weight[2], K, device)
-    of_features, of_rows = tiles_of(config, rows, N)
-    blocks = of_features * of_rows * splits if splits > 1 else min(of_features * of_rows, multiprocessors(device))
+    config, splits, paired = picked or _picked(*weight[:2], dtype, rows, N, weight[2], K, device)
+    (of_features, of_rows), cluster = tiles_of(config, rows, N), 2 if paired else splits
+    clusters = of_rows * (-(-of_features // 2) if paired else of_features)
+    blocks = cluster * (clusters if splits > 1 else min(clusters, multiprocessors(device) // cluster))
     w_map, scale_map, scale_at, shift, record = stored(config)
-    x_map = tiles(x.data_ptr(), x.dtype, (K, rows), (x_stride,), (config.chunk, config.columns))
-    _loaded(config, splits, device)(
+    x_map = tiles(x.data_ptr(), x.dtype, (K, rows), (x_stride,), (config.chunk, config.columns // 2 if paired else config.columns))
+    _loaded(config, cluster, device)(
         blocks, 1, 1, w_map, x_map, scale_map, scale_at, 0 if x_scales is None else x_scales.data_ptr(), bias_at, residual_at,
-        out.data_ptr(), residual_stride, rows, N, half, -(-K // config.depth), splits, wide, shift, record, *form_of(activation))
+        out.data_ptr(), residual_stride, rows, N, half, -(-K // config.depth), splits, paired, wide, shift, record, *form_of(activation))
     return out

@@ -25,19 +25,24 @@ def descriptor(address):
 
 
 def make_multiply(config: Config) -> tuple[Callable, Callable]:
-    """(place, multiply). place(base, group_shift, record) -> where a thread's part of W is in the first stage.
+    """(place, multiply, release). place(base, group_shift, record) -> where a thread's part of W is in the first stage.
 
-    multiply(acc, where, stage, x, group_shift, record, before, now): acc += W x^T of the stage `stage` bytes further, whose x is at shared
-    address x. before, now: barriers that say of the stage before and of this one that nothing reads them any more, 0 where a thread is
-    not to arrive there. The last group of products may still run when it returns: then `now`, which is to be given as the next `before`.
+    release(before, there): arrives at the barrier `before`, if it is not 0, of block `there` of the cluster, or if negative of its own.
+
+    multiply(acc, where, stage, x, group_shift, record, before, now, there): acc += W x^T of the stage `stage` bytes further, whose x is at
+    shared address x. before, now: barriers that say of the stage before and of this one that nothing reads them any more, 0 where a thread
+    is not to arrive there. The last group of products may still run when it returns: then `now`, which is to be given as the next `before`.
     """
     columns, wait_0, wait_1 = config.columns, hopper.WGMMA_WAIT[0], hopper.WGMMA_WAIT[1]
     add, chunk_units = np.uint32(1), ROW_BYTES * columns // 16
 
     @cuda.jit(device=True, forceinline=True)
-    def release(before):
+    def release(before, there):
         if before != np.uint32(0):
-            hopper.mbarrier_arrive(before)
+            if there >= np.int32(0):
+                hopper.mbarrier_arrive_there(before, np.uint32(there))
+            else:
+                hopper.mbarrier_arrive(before)
 
     if config.kind == "16-bit" or config.narrow:
         product = hopper.wgmma_shared(NARROW.get(config.kind, config.dtype), columns)
@@ -48,21 +53,21 @@ def make_multiply(config: Config) -> tuple[Callable, Callable]:
 
         if config.kind != "e4m3_e4m3":
             @cuda.jit(device=True, forceinline=True)
-            def multiply(acc, where, stage, x, group_shift, record, before, now):
+            def multiply(acc, where, stage, x, group_shift, record, before, now, there):
                 a, b = descriptor(ptx.uniform(where + stage)), descriptor(ptx.uniform(x))
                 hopper.wgmma_fence()
                 for s in range(4):
                     product(acc, 0, a + np.uint64(2 * s), b + np.uint64(2 * s), add)  # of 32 bytes of k, two units
                 hopper.wgmma_commit()
                 wait_1()
-                release(before)
+                release(before, there)
                 return now
-            return place, multiply
+            return place, multiply, release
 
         sums = columns // 2
 
         @cuda.jit(device=True, forceinline=True)
-        def multiply(acc, where, stage, x, group_shift, record, before, now):
+        def multiply(acc, where, stage, x, group_shift, record, before, now, there):
             """The tensor cores keep 14 bits or so of a sum of products of e4m3: only those of a stage are added there."""
             part = cuda.local.array(sums, np.float32)
             a, b = descriptor(ptx.uniform(where + stage)), descriptor(ptx.uniform(x))
@@ -71,11 +76,11 @@ def make_multiply(config: Config) -> tuple[Callable, Callable]:
                 product(part, 0, a + np.uint64(2 * s), b + np.uint64(2 * s), np.uint32(s))
             hopper.wgmma_commit()
             wait_0()
-            release(now)
+            release(now, there)
             for i in range(sums):
                 acc[i] += part[i]
             return np.uint32(0)
-        return place, multiply
+        return place, multiply, release
 
     product, (place, widen) = hopper.wgmma_registers(config.dtype, columns, True), make_widen(config)
     each = config.depth // 32  # products of a group
@@ -90,7 +95,7 @@ def make_multiply(config: Config) -> tuple[Callable, Callable]:
         hopper.wgmma_commit()
 
     @cuda.jit(device=True, forceinline=True)
-    def multiply(acc, where, stage, x, group_shift, record, before, now):
+    def multiply(acc, where, stage, x, group_shift, record, before, now, there):
         """Two groups in turn, each with registers of its own: one is widened while the other is multiplied."""
         even = cuda.local.array(words, np.uint32)
         odd = cuda.local.array(words, np.uint32)
@@ -98,10 +103,10 @@ def make_multiply(config: Config) -> tuple[Callable, Callable]:
         widen(even, where, stage, 0, group_shift, record)
         start(acc, even, b, 0)
         wait_1()
-        release(before)
+        release(before, there)
         widen(odd, where, stage, each, group_shift, record)
         start(acc, odd, b, each)
         wait_1()
         return now
 
-    return place, multiply
+    return place, multiply, release

@@ -12,11 +12,11 @@ from ftops.numba_kernels.linear_sm90_config import (
     COLUMNS,
     FEATURES,
     FROM_ROWS,
-    SPLITS,
     Config,
-    fits,
+    Plan,
     microseconds,
     pick,
+    plans,
     tiles_of,
     worthwhile,
 )
@@ -76,28 +76,28 @@ def test_blocks_of_a_cluster_share_all_of_k(kind, rows):
         config = Config(kind, "bfloat16", columns)
         assert config.stages >= 4 and config.stage_bytes % 1024 == 0 and config.columns // 8 % 8 == 0
         assert FEATURES * columns * 4 <= config.stages * config.stage_bytes  # sums go where the stages were
-        for features, depth in (*LLAMA, (1280, 8192), (7, 8), (129, 1000)):
-            for splits in (splits for splits in SPLITS if fits(config, splits, rows, features, depth, H200)):
-                of_features, of_rows = tiles_of(config, rows, features)
-                assert splits == 1 or of_features * of_rows * splits <= H200
-                steps = -(-depth // config.depth)
-                shares = [range(steps * block // splits, steps * (block + 1) // splits) for block in range(splits)]
-                assert [step for share in shares for step in share] == list(range(steps))
+    for features, depth in (*LLAMA, (1280, 8192), (7, 8), (129, 1000)):
+        for config, splits, _ in plans(kind, "bfloat16", rows, features, depth, H200):
+            of_features, of_rows = tiles_of(config, rows, features)
+            assert splits == 1 or of_features * of_rows * splits <= H200
+            steps = -(-depth // config.depth)
+            shares = [range(steps * block // splits, steps * (block + 1) // splits) for block in range(splits)]
+            assert [step for share in shares for step in share] == list(range(steps))
 
 
 @pytest.mark.parametrize(("features", "depth"), LLAMA)
 def test_large_tiles_for_many_rows_and_small_ones_for_few(features, depth):
     """What an H100 took least time for."""
-    assert pick("16-bit", "bfloat16", 8192, features, depth, H200)[0].columns == 256
-    assert pick("int8_int8", "bfloat16", 2048, features, depth, H200)[0].columns == 256
-    assert pick("int8", "bfloat16", 64, features, depth, H200) == (Config("int8", "bfloat16", 64), 1 if features > 8192 else 2)
-    assert pick("int8", "bfloat16", 2048, features, depth, H200) == (Config("int8", "bfloat16", 256), 1)
+    assert pick("16-bit", "bfloat16", 8192, features, depth, H200).config.columns == 256
+    assert pick("int8_int8", "bfloat16", 2048, features, depth, H200).config.columns == 256
+    assert pick("int8", "bfloat16", 64, features, depth, H200) == Plan(Config("int8", "bfloat16", 64), 1 if features > 8192 else 2)
+    assert pick("int8", "bfloat16", 2048, features, depth, H200) == Plan(Config("int8", "bfloat16", 256))
 
 
 def test_predicted_time_grows_with_the_work():
     for kind, columns in COLUMNS.items():
-        config = Config(kind, "bfloat16", columns[0])
-        times = [microseconds(config, 1, rows, 4096, 4096, H200) for rows in (64, 512, 4096, 32768)]
+        plan = Plan(Config(kind, "bfloat16", columns[0]))
+        times = [microseconds(plan, rows, 4096, 4096, H200) for rows in (64, 512, 4096, 32768)]
         assert times == sorted(times) and times[-1] > 4 * times[0]
 
 

@@ -60,7 +60,7 @@ def picked(name: str) -> Iterator[Spec]:
     elif name == "linear":
         yield from (linear.spec(linear.pick(kind, dtype, rows)) for kind in linear.BATCHES for dtype in HALVES for rows in range(1, 100))
     elif name == "linear_sm90":
-        yield from (linear_sm90.spec(linear_sm90_config.pick(kind, dtype, rows, features, depth, multiprocessors)[0])
+        yield from (linear_sm90.spec(linear_sm90_config.pick(kind, dtype, rows, features, depth, multiprocessors).config)
                     for kind in linear_sm90_config.COLUMNS for dtype in HALVES for rows in (17, 32, 64, 65, 128, 256, 257, 1024, 2048, 8192)
                     for features, depth in ((6144, 4096), (28672, 4096), (4096, 14336), (1, 8)) for multiprocessors in (132, 78))
     elif name == "rotary_append":

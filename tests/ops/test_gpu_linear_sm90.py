@@ -117,31 +117,31 @@ def check(ours: torch.Tensor, s: SimpleNamespace) -> None:
 @pytest.mark.parametrize(("kind", "columns"), TILES)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_tile(size, kind, columns, dtype):
-    from ftops.numba_kernels.linear_sm90_config import Config
+    from ftops.numba_kernels.linear_sm90_config import Config, Plan
     rows, N, K, options = SIZES[size]
     sampled = sample(kind, dtype, rows, N, K, options)
-    check(run(sampled, (Config(kind, str(dtype)[6:], columns), 1)), sampled)
+    check(run(sampled, Plan(Config(kind, str(dtype)[6:], columns), 1)), sampled)
 
 
 @pytest.mark.parametrize("dtype", **HALVES)
 @pytest.mark.parametrize(("kind", "columns"), [tile for tile in TILES if tile[0] != "int4"])
 @pytest.mark.parametrize(("size", "splits"), [(size, splits) for size in GATED for splits in ((1,) if size == "gated_llama" else (1, 8))])
 def test_gate_and_up_meet(size, splits, kind, columns, dtype):
-    from ftops.numba_kernels.linear_sm90_config import Config
+    from ftops.numba_kernels.linear_sm90_config import Config, Plan
     rows, N, K, options = GATED[size]
     sampled = sample(kind, dtype, rows, N, K, options)
-    check(run(sampled, (Config(kind, str(dtype)[6:], columns), splits)), sampled)
+    check(run(sampled, Plan(Config(kind, str(dtype)[6:], columns), splits)), sampled)
 
 
 @pytest.mark.parametrize("columns", [128, 192])
 @pytest.mark.parametrize("K", [4096, 16384])
 def test_sums_of_e4m3_are_of_float32(K, columns):
     """The tensor cores' own sums are off by a thousandth of the result here, PyTorch's, with the same rounding of operands, are not."""
-    from ftops.numba_kernels.linear_sm90_config import Config
+    from ftops.numba_kernels.linear_sm90_config import Config, Plan
     sampled = sample("e4m3_e4m3", torch.float16, 256, 256, K, {})
     x, weight = sampled.exact
     exact = x @ weight.T
-    ours = (run(sampled, (Config("e4m3_e4m3", "float16", columns), 1)).double() - exact).norm() / exact.norm()
+    ours = (run(sampled, Plan(Config("e4m3_e4m3", "float16", columns), 1)).double() - exact).norm() / exact.norm()
     assert ours < 2 ** -11  # what rounding the result to float16 may cost
 
 
@@ -149,10 +149,21 @@ def test_sums_of_e4m3_are_of_float32(K, columns):
 @pytest.mark.parametrize(("kind", "columns"), TILES)
 @pytest.mark.parametrize("size", ["one_step", "odd", "rows_end", "long"])
 def test_blocks_that_share_a_k(size, kind, columns, splits):
-    from ftops.numba_kernels.linear_sm90_config import Config
+    from ftops.numba_kernels.linear_sm90_config import Config, Plan
     rows, N, K, options = SIZES[size]
     sampled = sample(kind, torch.bfloat16, rows, N, K, options)
-    check(run(sampled, (Config(kind, "bfloat16", columns), splits)), sampled)
+    check(run(sampled, Plan(Config(kind, "bfloat16", columns), splits)), sampled)
+
+
+@pytest.mark.parametrize(("kind", "columns"), TILES)
+@pytest.mark.parametrize("size", ["row", "odd", "rows_end", "llama", "long", "many_tiles", "gated_odd", "gated_llama"])
+def test_two_blocks_that_share_rows_of_x(size, kind, columns):
+    from ftops.numba_kernels.linear_sm90_config import Config, Plan
+    rows, N, K, options = (SIZES | GATED)[size]
+    if options.get("activation") in GLU and kind == "int4":
+        return
+    sampled = sample(kind, torch.bfloat16, rows, N, K, options)
+    check(run(sampled, Plan(Config(kind, "bfloat16", columns), paired=True)), sampled)
 
 
 @pytest.mark.parametrize("dtype", **HALVES)
@@ -160,10 +171,10 @@ def test_blocks_that_share_a_k(size, kind, columns, splits):
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("columns", [64, 256])
 def test_groups_of_int4(columns, group_size, zeros, dtype):
-    from ftops.numba_kernels.linear_sm90_config import Config
+    from ftops.numba_kernels.linear_sm90_config import Config, Plan
     for K, splits in ((2048, 1), (1000, 1), (1000, 2), (20, 1)):
         sampled = sample("int4", dtype, 70, 200, K, {"bias": True}, group_size, zeros)
-        check(run(sampled, (Config("int4", str(dtype)[6:], columns), splits)), sampled)
+        check(run(sampled, Plan(Config("int4", str(dtype)[6:], columns), splits)), sampled)
 
 
 @pytest.mark.parametrize("kind", ["16-bit", "int8", "e4m3", "int4", "int8_int8", "e4m3_e4m3"])
@@ -175,12 +186,12 @@ def test_what_is_picked(rows, kind):
 
 
 @pytest.mark.parametrize(("kind", "columns"), TILES)
-@pytest.mark.parametrize("splits", [1, 4])
-def test_the_same_bits_each_time(splits, kind, columns):
+@pytest.mark.parametrize(("splits", "paired"), [(1, False), (4, False), (1, True)])
+def test_the_same_bits_each_time(splits, paired, kind, columns):
     """Where blocks and warps might race."""
-    from ftops.numba_kernels.linear_sm90_config import Config
+    from ftops.numba_kernels.linear_sm90_config import Config, Plan
     sampled = sample(kind, torch.bfloat16, 300, 700, 2048, {"bias": True, "residual": True})
-    picked = Config(kind, "bfloat16", columns), splits
+    picked = Plan(Config(kind, "bfloat16", columns), splits, paired)
     first = run(sampled, picked)
     check(first, sampled)
     for _ in range(250):
@@ -189,8 +200,8 @@ def test_the_same_bits_each_time(splits, kind, columns):
 
 def test_after_a_kernel_that_writes_its_inputs_and_in_a_graph():
     """The launch may begin before the kernel before it has ended: nothing may be read until then."""
-    from ftops.numba_kernels.linear_sm90_config import Config
-    picked = Config("16-bit", "bfloat16", 64), 2
+    from ftops.numba_kernels.linear_sm90_config import Config, Plan
+    picked = Plan(Config("16-bit", "bfloat16", 64), 2)
     given, used = (sample("16-bit", torch.bfloat16, 40, 256, 4096, {"bias": True, "residual": True}) for _ in range(2))
     expected = run(given, picked)
 
