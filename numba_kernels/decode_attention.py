@@ -1,4 +1,4 @@
-"""decode_attention on the GPU: which kernel, how many splits of the keys, and the launch.
+"""decode_attention on the GPU: which kernel, how many splits of the keys, and the launch; of two kernels where the splits' parts are many.
 
 The lengths stay on the device, so the choice rests on the capacity alone, and each block finds its own range of keys.
 """
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import torch
 
-from ftops.numba_kernels import decode_mma, decode_plain
+from ftops.numba_kernels import decode_combine, decode_mma, decode_plain
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.counters import counters, reserve
-from ftops.numba_kernels.decode_combine import PART_FLOATS, nodes
 from ftops.numba_kernels.decode_common import GRID_Y, LOG2E
+from ftops.numba_kernels.decode_parts import MOST_PARTS
 from ftops.numba_kernels.division import inverse
 from ftops.numba_kernels.launch import Kernel, capability, empty_like, load, multiprocessors
 from ftops.numba_kernels.narrow import NARROW_NAME
@@ -31,6 +31,7 @@ def variants() -> Iterator[Spec]:
     """Every variant that `launch` can ask for."""
     yield from decode_mma.variants()
     yield from decode_plain.variants()
+    yield from decode_combine.variants()
 
 
 def pick_splits(blocks: int, tiles: int, tile_bytes: int, processors: int, resident: int) -> tuple[int, int]:
@@ -63,21 +64,24 @@ def pick_splits(blocks: int, tiles: int, tile_bytes: int, processors: int, resid
 
 @functools.cache
 def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pairs: int, keys: int, fits: bool, fixed_split: int,
-          device: int) -> tuple[Kernel, int, int, int, int]:
-    """(kernel, blocks a split, row tiles, splits, tiles a split or 0) for `pairs` of a sequence and a kv head.
+          device: int) -> tuple[Kernel, Kernel | None, int, int, int, int]:
+    """(kernel, combining kernel or None, blocks a split, row tiles, splits, tiles a split or 0) for `pairs` of a sequence and a kv head.
 
-    With fixed_split, `pairs` and `keys` decide nothing on which bits of a result depend: splits without keys are not counted."""
+    With fixed_split, `pairs` and `keys` decide nothing on which bits of a result depend: splits without keys add exactly 0."""
     dependent = capability(device) >= (9, 0)
     if fits:
         config = decode_mma.pick(NAMES[dtype], "16-bit" if cache is dtype else NAMES[cache], head_dim, rows)
         row_tiles, tile, row_bytes = -(-rows // config.rows), decode_mma.KEYS * config.warps, config.row_bytes
         processor_bytes = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+        space = config.shared()[-1] // (4 * min(rows, config.rows) * (config.head_dim + 1))
         resident = max(1, min(config.resident, processor_bytes // (config.shared()[-1] + 1024)))
     else:
         row_tiles, tile, row_bytes, resident = rows, decode_plain.KEYS * decode_plain.WARPS, head_dim * cache.itemsize, 4
+        space = MOST_PARTS
     tiles, fixed = -(-keys // tile), -(-fixed_split // tile)
     if fixed:
-        splits, places = -(-tiles // fixed), resident
+        splits = -(-tiles // fixed)
+        places = min(resident, max(2, -(-pairs * row_tiles * splits // multiprocessors(device))))
     else:
         # Row tiles read the same keys side by side, all but the first from L2, which is not faster without end.
         tile_bytes = 2 * tile * row_bytes // min(row_tiles, 2)
@@ -86,9 +90,10 @@ def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pair
         spec = decode_mma.spec(config, 0 if places >= resident else processor_bytes // places - 1024, dependent)
     else:
         spec = decode_plain.spec(decode_plain.Config(NAMES[cache]))
-    kernel = load(spec, device)
+    kernel, many = load(spec, device), splits > min(MOST_PARTS, space)
+    combine = load(decode_combine.spec(decode_combine.Config(), dependent), device) if many and splits > 1 else None
     reserve(device)
-    return kernel, pairs * row_tiles, row_tiles, splits, fixed
+    return kernel, combine, pairs * row_tiles, row_tiles, splits, fixed
 
 
 def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None,
@@ -145,19 +150,21 @@ def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length
 
     keys = capacity if window < 0 else min(capacity, window + new)
     group, pairs = heads // kv_heads, batch * kv_heads
-    kernel, blocks, row_tiles, splits, fixed = _plan(
+    kernel, combine, blocks, row_tiles, splits, fixed = _plan(
         dtype, cache, head_dim, new * group, pairs, (keys + 63) & -64, fits, fixed_split, device.index)
-    partial_at = lse_at = counters_at = tree = 0
+    out_at, partial_at, lse_at, counters_at = out.data_ptr(), 0, 0, 0
     if splits > 1:
-        width, tree = (head_dim + 3) & -4, nodes(splits)
-        # Of bytes: naming a dtype costs the host 2 us.
-        workspace = q.new_empty(lines * splits * (width + PART_FLOATS) * 4 // q.element_size())
+        width = (head_dim + 3) & -4
+        workspace = q.new_empty(lines * splits * (width + 1) * 4 // q.element_size())  # of bytes: naming a dtype costs the host 2 us
         partial_at = workspace.data_ptr()
         lse_at = partial_at + 4 * lines * splits * width
-        counters_at = counters(device.index, blocks * tree)
+        counters_at = 0 if combine else counters(device.index, blocks)
     kernel(splits, min(blocks, GRID_Y), -(-blocks // GRID_Y), q_at, k_at, v_at, lengths.data_ptr(), table_at, bias_at, slopes_at,
-           k_scale_at, v_scale_at, out.data_ptr(), partial_at, lse_at, counters_at, q_batch, bias_batch, bias_head, bias_new, bias_key,
+           k_scale_at, v_scale_at, out_at, partial_at, lse_at, counters_at, q_batch, bias_batch, bias_head, bias_new, bias_key,
            table_row, q_new, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, new, group, head_dim, capacity, pages, page_size,
-           row_tiles, kv_heads, blocks, tree, window, kinds, fixed, inverse(page_size), inverse(row_tiles), inverse(kv_heads),
+           row_tiles, kv_heads, blocks, window, kinds, fixed, inverse(page_size), inverse(row_tiles), inverse(kv_heads),
            inverse(group), scale, cap)
+    if combine:
+        shift = max(3, (width // 4 - 1).bit_length())
+        combine(lines, 1, 1, partial_at, lse_at, out_at, splits, head_dim, shift, kinds >> 2)
     return out

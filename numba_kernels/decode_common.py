@@ -10,7 +10,7 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.division import divide
 
-SIGNATURE = "ppppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiiiiii" + "llll" + "ff"
+SIGNATURE = "ppppppppppppp" + "lllll" + "iii" + "uuuuuu" + "iiiiiiiiiiii" + "llll" + "ff"
 LOG2E = 1.4426950408889634
 GRID_Y = 32768  # a grid has at most 65535 blocks along y: the rest goes along z
 LOWEST = -1e29  # a finite bias, however low, keeps its key: a row of nothing but the dtype's minimum attends evenly

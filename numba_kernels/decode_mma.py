@@ -14,10 +14,9 @@ from numba import cuda
 
 from ftops.numba_kernels import decode_tile, ptx
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.decode_combine import make_combine, make_store_result
 from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of
+from ftops.numba_kernels.decode_parts import make_meet, make_store_result
 from ftops.numba_kernels.decode_tile import KEYS, NOTHING, Config, lookup
-from ftops.numba_kernels.division import divide
 
 # By cache, how many rows a block may take at each head dim. 8-bit caches at 32 and 160 take the next one, whose further elements are not
 # read, and at 80, 96 and 192 more than 8 rows are row tiles, which read their keys from L2: a variant costs three seconds of compiling.
@@ -41,7 +40,7 @@ def make(config: Config) -> Callable:
     rows_a_block, row_bytes, wide = config.rows, config.row_bytes, config.cache == "16-bit"
     q_registers, head_dim_quarter, threads, q_threads = config.q_in_registers, config.head_dim // 4, 32 * warps, 32 * warps // config.rows
     per_unit, half_stage, ring_bytes = 8 if wide else 16, KEYS * row_bytes, stages * 2 * KEYS * row_bytes
-    tile_keys, chains = KEYS * warps, 4 // row_tiles_n
+    tile_keys, chains, lines = KEYS * warps, 4 // row_tiles_n, -(-row_bytes // 128)
     sums_offset, bits_offset, q_offset, factors_offset, _ = config.shared()
     pitch = 4 * (config.head_dim + 4)  # bytes between rows of a warp's output: its 32 lanes then meet 32 banks
     n_q, n_acc, n_x, n_row = 2 * steps * row_tiles_n, 4 * steps * row_tiles_n, 4 * row_tiles_n, 2 * row_tiles_n
@@ -52,11 +51,11 @@ def make(config: Config) -> Callable:
     key_range, stage_q, copy_keys = make_key_range(tile_keys), decode_tile.make_stage_q(config), decode_tile.make_copy_keys(row_bytes)
     scores, outputs = decode_tile.make_scores(config, chains), decode_tile.make_outputs(config)
     softmax = decode_tile.make_softmax(config.dtype, config.head_dim, config.rows)
-    store_result, combine = make_store_result(True), make_combine(threads, head_dim_quarter, True)
+    store_result, meet = make_store_result(True), make_meet(threads, head_dim_quarter, True)
 
     def decode_mma(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
                    counters_gl, q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head,
-                   v_page, v_slot, v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, tree, window,
+                   v_page, v_slot, v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window,
                    kinds, fixed, per_page, per_row_tile, per_kv_head, per_group, scale, cap):
         shared_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
@@ -71,14 +70,27 @@ def make(config: Config) -> Callable:
         k_gl, v_gl = np.int64(k_gl) + 16 * kv_head * k_head, np.int64(v_gl) + 16 * kv_head * v_head
         if table_gl != 0:
             table_gl += 4 * batch * table_row
-            if 32 * thread < divide(capacity, per_page):
-                ptx.prefetch_l2(table_gl + 128 * np.int64(thread))  # in L2 it is as the kernel before this one leaves it
-        if thread == 0:
-            ptx.prefetch_l2(lengths_gl)
         ring_sh, bits_sh = shared_sh + warp * ring_bytes, shared_sh + bits_offset + warp * 4 * stages
+        # What the first tiles need goes into L2 while the kernel before still runs: what that one writes is there as it writes it, and
+        # where it changes the length or the table, other keys are asked for in vain.
+        length, start, low, high, used = key_range(np.int32(ptx.ld_early_32(lengths_gl)), capacity, new, window, split, splits, fixed)
+        key, own_gl = np.int32(start + low * tile_keys + warp * KEYS + (lane & 15)), k_gl if lane < 16 else v_gl
+        own_page, own_slot = k_page if lane < 16 else v_page, k_slot if lane < 16 else v_slot
+        for i in range(stages - 1):
+            if np.int32(low + i) < high and key < length:
+                page_on, slot_on = lookup(table_gl, batch, key, page_size, per_page, ptx.ld_early_32)
+                if page_on < pages:
+                    row_gl = own_gl + 16 * np.int64(np.uint32(page_on * own_page + slot_on * own_slot))
+                    for j in range(lines):
+                        if 8 * per_unit * j < head_dim:
+                            ptx.prefetch_l2(row_gl + 128 * j)
+            key = np.int32(key + tile_keys)
         ptx.wait_for_primary()
+        ptx.launch_dependents()
         length, start, low, high, used = key_range(np.int32(ptx.ld_written_32(lengths_gl)), capacity, new, window, split, splits,
                                                    fixed)
+        if counters_gl == 0:
+            used = splits  # decode_combine reads them all
         if split >= used:
             return
 
@@ -90,7 +102,7 @@ def make(config: Config) -> Callable:
         for i in range(stages):
             page[i], slot[i] = absent, absent
             if np.int32(low + i) < high:
-                page[i], slot[i] = lookup(table_gl, batch, min(np.int32(key + i * tile_keys), last), page_size, per_page)
+                page[i], slot[i] = lookup(table_gl, batch, min(np.int32(key + i * tile_keys), last), page_size, per_page, ptx.ld_written_32)
         for i in range(stages - 1):
             if np.int32(low + i) < high:
                 copy_keys(k_gl, v_gl, ring_sh + i * (2 * half_stage), bits_sh + 4 * i, lane, key < length and page[i] < pages,
@@ -146,7 +158,7 @@ def make(config: Config) -> Callable:
                           key < length and page_on < pages, page_on * k_page + slot_on * k_slot, page_on * v_page + slot_on * v_slot,
                           real_units)
                 key = np.int32(key + tile_keys)
-                page_on, slot_on = lookup(table_gl, batch, min(key, last), page_size, per_page)  # there by the next turn
+                page_on, slot_on = lookup(table_gl, batch, min(key, last), page_size, per_page, ptx.ld_written_32)  # there by the next turn
                 filling = zeroth if filling == last_stage else np.int32(filling + 1)
             ptx.cp_async_commit()
             wait_for_oldest()
@@ -185,7 +197,6 @@ def make(config: Config) -> Callable:
             softmax(x, acc, top, total, p)
             outputs(acc, stage_sh + half_stage, lane, p)
 
-        ptx.launch_dependents()  # not before: what starts beside the loop takes bandwidth, and places that the next call's blocks need
         cuda.syncthreads()  # every warp has read its rings
         for r in range(n_row):
             total[r] += xor_4(total[r])
@@ -219,11 +230,12 @@ def make(config: Config) -> Callable:
                     c, d = ptx.fma(weight, ptx.bits_f32(part[2]), c), ptx.fma(weight, ptx.bits_f32(part[3]), d)
                 token, head = row_of(first_row + row, kv_head, group, per_group)
                 line = (batch * new + token) * kv_heads * group + head
-                store_result(a, b, c, d, highest, whole, line, column, head_dim, line * splits + split, used, np.int64(0), np.int64(out_gl),
+                store_result(a, b, c, d, highest, whole, line, column, head_dim, split, splits, used, np.int64(out_gl),
                              np.int64(partial_gl), np.int64(lse_gl), kinds >> 2)
-        combine(shared_sh + bits_offset, np.int64(counters_gl) + 4 * block * tree, thread, batch, kv_head, first_row,
-                min(rows_a_block, new * group - first_row), new, group, kv_heads, per_group, head_dim, split, splits, used,
-                np.int64(out_gl), np.int64(partial_gl), np.int64(lse_gl), kinds >> 2)
+        if used > 1 and counters_gl != 0:
+            meet(shared_sh, np.int64(counters_gl) + 4 * block, thread, batch, kv_head, first_row,
+                 np.int32(min(rows_a_block, new * group - first_row)), new, group, kv_heads, per_group, head_dim, splits, used,
+                 np.int64(out_gl), np.int64(partial_gl), np.int64(lse_gl), kinds >> 2)
 
     return decode_mma
 

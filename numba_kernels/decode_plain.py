@@ -13,12 +13,13 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
-from ftops.numba_kernels.decode_combine import make_combine, make_store_result
 from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of
+from ftops.numba_kernels.decode_parts import MOST_PARTS, make_meet, make_store_result
 from ftops.numba_kernels.division import divide
 
 CACHES = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn")
 WARPS, KEYS, PARTS = 4, 4, 8  # of a block; of a warp's turn; of 32 lanes in the largest head_dim
+SHARED_BYTES = MOST_PARTS * 4 * (32 * PARTS + 1)  # parts that meet, and the logarithm of each; less than that before
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def make(config: Config) -> Callable:
     xors = tuple(ptx.shuffle_xor[n] for n in (1, 2, 4, 8, 16))
     x1, x2, x4, x8, x16 = xors
     key_range = make_key_range(tile_keys)
-    store_result, combine = make_store_result(False), make_combine(32 * WARPS, 8 * PARTS, False)
+    store_result, meet = make_store_result(False), make_meet(32 * WARPS, 8 * PARTS, False)
     item = {"float32": 4, "float16": 2, "bfloat16": 2}.get(config.cache, 1)
 
     @cuda.jit(device=True, forceinline=True)
@@ -61,7 +62,7 @@ def make(config: Config) -> Callable:
 
     def decode_plain(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
                      counters_gl, q_batch, bias_batch, bias_head, bias_new, bias_key, table_row, q_new, q_head, k_page, k_slot, k_head,
-                     v_page, v_slot, v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, tree, window,
+                     v_page, v_slot, v_head, new, group, head_dim, capacity, pages, page_size, row_tiles, kv_heads, blocks, window,
                      kinds, fixed, per_page, per_row_tile, per_kv_head, per_group, scale, cap):
         shared_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
@@ -70,10 +71,13 @@ def make(config: Config) -> Callable:
         block = (batch * kv_heads + kv_head) * row_tiles + row
         if block >= blocks:
             return
+        ptx.launch_dependents()
         splits, kind = np.int32(cuda.gridDim.x), kinds >> 2
         token, head = row_of(row, kv_head, group, per_group)
         length = np.int32(ptx.ld_global_32(np.int64(lengths_gl) + 4 * batch))
         length, start, low, high, used = key_range(length, capacity, new, window, split, splits, fixed)
+        if counters_gl == 0:
+            used = splits  # decode_combine reads them all
         if split >= used:
             return
         position = length - new + token
@@ -148,7 +152,6 @@ def make(config: Config) -> Callable:
                     for i in range(PARTS):
                         if lane + 32 * i < head_dim:
                             acc[i] = ptx.fma(weight, load(np.int64(v_gl) + at[u] + (lane + 32 * i) * item), acc[i])
-        ptx.launch_dependents()
         for i in range(PARTS):
             ptx.st_shared_f32(shared_sh + warp * pitch + 4 * (lane + 32 * i), acc[i])
         if lane == 0:
@@ -167,16 +170,17 @@ def make(config: Config) -> Callable:
                 a, b = ptx.fma(weight, ptx.bits_f32(part[0]), a), ptx.fma(weight, ptx.bits_f32(part[1]), b)
                 c, d = ptx.fma(weight, ptx.bits_f32(part[2]), c), ptx.fma(weight, ptx.bits_f32(part[3]), d)
             line = (batch * new + token) * kv_heads * group + head
-            store_result(a, b, c, d, highest, total, line, column, head_dim, line * splits + split, used, np.int64(0), np.int64(out_gl),
-                         np.int64(partial_gl), np.int64(lse_gl), kind)
-        combine(shared_sh, np.int64(counters_gl) + 4 * block * tree, thread, batch, kv_head, row, np.int64(1), new, group, kv_heads,
-                per_group, head_dim, split, splits, used, np.int64(out_gl), np.int64(partial_gl), np.int64(lse_gl), kind)
+            store_result(a, b, c, d, highest, total, line, column, head_dim, split, splits, used, np.int64(out_gl), np.int64(partial_gl),
+                         np.int64(lse_gl), kind)
+        if used > 1 and counters_gl != 0:
+            meet(shared_sh, np.int64(counters_gl) + 4 * block, thread, batch, kv_head, row, np.int32(1), new, group, kv_heads, per_group,
+                 head_dim, splits, used, np.int64(out_gl), np.int64(partial_gl), np.int64(lse_gl), kind)
 
     return decode_plain
 
 
 def spec(config: Config) -> Spec:
-    return Spec(make, config, SIGNATURE, threads=32 * WARPS, shared_bytes=4 * 32 * PARTS * WARPS + 8 * WARPS)
+    return Spec(make, config, SIGNATURE, threads=32 * WARPS, shared_bytes=SHARED_BYTES)
 
 
 def variants() -> Iterator[Spec]:

@@ -67,12 +67,12 @@ def lanes_a_row(units: int) -> int:
 
 
 @cuda.jit(device=True, forceinline=True)
-def lookup(table_gl, batch, key, page_size, per_page):
-    """(page, slot) of a key. A contiguous cache is a pool of one page a sequence."""
+def lookup(table_gl, batch, key, page_size, per_page, load):
+    """(page, slot) of a key, by `load` of the table. A contiguous cache is a pool of one page a sequence."""
     page, slot = np.uint32(batch), np.uint32(key)
     if table_gl != 0:
         index = divide(key, per_page)
-        page, slot = ptx.ld_written_32(table_gl + 4 * np.int64(index)), np.uint32(key - index * page_size)
+        page, slot = load(table_gl + 4 * np.int64(index)), np.uint32(key - index * page_size)
     return page, slot
 
 

@@ -187,6 +187,8 @@ prefetch_l2_bulk = ptx("prefetch_l2_bulk", {80: "", 90: "cp.async.bulk.prefetch.
 # What a kernel before this one in the stream has written, which need not have ended.
 ld_written_128 = ptx("ld_written_128", "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "l")
 ld_written_32 = ptx("ld_written_32", "ld.global.b32 $0, [$1];", "r", "l")
+# Past L1, where what is read before that kernel has ended would be found again after it.
+ld_early_32 = ptx("ld_early_32", "ld.relaxed.gpu.global.b32 $0, [$1];", "r", "l")
 ld_written_16 = ptx("ld_written_16", "{ .reg .b16 t; ld.global.b16 t, [$1]; cvt.u32.u16 $0, t; }", "r", "l")
 ld_written_f32 = ptx("ld_written_f32", "ld.global.f32 $0, [$1];", "f", "l")
 ld_written_f32_if = ptx("ld_written_f32_if", "{ .reg .pred p; .reg .f32 t; setp.ne.u32 p, $2, 0; mov.f32 t, $3; @p ld.global.f32 t, [$1]; "
@@ -211,6 +213,7 @@ st_shared_128 = ptx("st_shared_128", "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
 # Asynchronous copies, sm_80 and up. $2 is how many of the 16 bytes to read; the rest is written as zeros.
 cp_async_16 = ptx("cp_async_16", "cp.async.cg.shared.global [$0], [$1], 16, $2;", "", "rlr")
 cp_async_16_l1 = ptx("cp_async_16_l1", "cp.async.ca.shared.global [$0], [$1], 16, $2;", "", "rlr")  # and kept in L1
+cp_async_4 = ptx("cp_async_4", "cp.async.ca.shared.global [$0], [$1], 4;", "", "rl")
 cp_async_8 = ptx("cp_async_8", "cp.async.ca.shared.global [$0], [$1], 8, $2;", "", "rlr")
 cp_async_commit = ptx("cp_async_commit", "cp.async.commit_group;")
 cp_async_wait_0 = ptx("cp_async_wait_0", "cp.async.wait_group 0;")
