@@ -82,9 +82,9 @@ def test_operators_of_a_layer(family, quant, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gptj", "gpt2"])
 @torch.inference_mode()
 def test_launches_of_a_layer(family, monkeypatch):
-    """In a cache so long that attention splits the keys over many blocks, whose results meet in the same launch."""
-    for names in of_each_layer(ftops.patch(tiny(family, "cuda", torch.bfloat16)), launches, 4096, monkeypatch):
+    """In a cache so long that attention splits the keys over several blocks, whose results meet in the same launch."""
+    for names in of_each_layer(ftops.patch(tiny(family, "cuda", torch.bfloat16)), launches, 512, monkeypatch):
         assert 7 <= len(names) <= MOST, names
