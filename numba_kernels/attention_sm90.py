@@ -21,8 +21,8 @@ from ftops.numba_kernels.attention_common import LOG2E
 from ftops.numba_kernels.attention_scores import make_hide, make_shape_scores
 from ftops.numba_kernels.attention_sm90_config import HEAD_DIMS, INFO_BYTES, INFO_SLOTS, NARROW, NARROW_HEAD_DIM, Config, pick
 from ftops.numba_kernels.attention_sm90_load import NOTHING, make_produce
-from ftops.numba_kernels.attention_sm90_math import LOOSE, LOWEST, SLACK, make_clear, make_products, make_softmax, make_store
-from ftops.numba_kernels.attention_sm90_turn import WARPS, make_turn
+from ftops.numba_kernels.attention_sm90_math import LOWEST, SLACK, make_clear, make_products, make_softmax, make_store
+from ftops.numba_kernels.attention_sm90_turn import WARPS, make_ones, make_turn
 from ftops.numba_kernels.compile import Spec
 
 # Tensor maps of q, k, v; out, bias, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_kv, counters, scales of 8-bit q, k, v
@@ -41,7 +41,7 @@ def make(config: Config) -> Callable:
     q_full, q_empty = np.uint32(config.q_full), np.uint32(config.q_empty)
     k_full, k_empty, v_full, v_empty = (np.uint32(at) for at in (config.k_full, config.k_empty, config.v_full, config.v_empty))
     width = 1 if narrow else 2
-    score_size, out_size, prob_size, query_size = keys // 2, head_dim // 2, width * keys // 8, width * head_dim // 8
+    score_size, out_size, prob_size, query_size = keys // 2, config.v_columns // 2, width * keys // 8, width * head_dim // 8
     last, both = np.uint32(stages - 1), np.uint32(256)
     # Registers of a producer's and of a consumer's thread: what the block was launched with, 504 or 512 a lane of four or three warpgroups.
     few, many = ((56, 224) if narrow else (40, 232)) if consumers == 2 else (56, 152) if narrow else (32, 160)
@@ -49,9 +49,9 @@ def make(config: Config) -> Callable:
     wait_0, wait_1 = hopper.WGMMA_WAIT[0], hopper.WGMMA_WAIT[1]
     take_q, scores, column_major, accumulate = make_products(config)
     sample, highest, settle, powers, rescale, pack = make_softmax(config)
-    loose, slack, v_bytes = LOOSE[config.dtype], SLACK[config.dtype], np.uint32(config.v_bytes)
+    slack, v_bytes = SLACK[config.dtype], np.uint32(config.v_bytes)
     raw_full, raw_empty, fillers = np.uint32(config.raw_full), np.uint32(config.raw_empty), WARPS if narrow else 1
-    turn_v = make_turn(config) if narrow else None
+    ones, turn_v = (make_ones(config), make_turn(config)) if narrow else (None, None)
     hide = make_hide(keys, 1)
     shape_scores = make_shape_scores(config.out_dtype, keys, 1)
     clear, store, produce = make_clear(config), make_store(config), make_produce(config)
@@ -88,6 +88,8 @@ def make(config: Config) -> Callable:
                 hopper.mbarrier_init(base + k_empty + np.uint32(8 * s), np.uint32(consumers))
                 hopper.mbarrier_init(base + v_empty + np.uint32(8 * s), np.uint32(consumers))
             hopper.fence_mbarrier_init()
+        if narrow:
+            ones(base)
         cuda.syncthreads()
 
         if thread >= of_consumers:
@@ -197,13 +199,10 @@ def make(config: Config) -> Callable:
                 else:
                     high_0, high_1 = sample(score)
                 settle(high_0, high_1, bases, factor, slack)
-                sum_0, sum_1 = powers(score, bases, factor)
-                outgrown = np.uint32(0)
-                if not extras:
-                    outgrown = hopper.bar_any(own_bar, np.uint32(128), np.uint32(sum_0 > loose or sum_1 > loose))
-                if outgrown != np.uint32(0):
+                sum_0, sum_1, outgrown = powers(score, bases, factor)
+                if not extras and hopper.bar_any(own_bar, np.uint32(128), outgrown) != np.uint32(0):
                     again(score, bases, query, q_mine, base + k_at + slot * tile_bytes, edge, key, info, left, right, factor)
-                    sum_0, sum_1 = powers(score, bases, factor)
+                    sum_0, sum_1, _ = powers(score, bases, factor)
                 total[0], total[1] = sum_0, sum_1
                 if leader:
                     hopper.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
@@ -240,17 +239,15 @@ def make(config: Config) -> Callable:
                     if edge or unsettled or extras:
                         high_0, high_1 = highest(score)
                         r0, r1 = settle(high_0, high_1, bases, factor, slack)
-                    sum_0, sum_1 = powers(score, bases, factor)
-                    outgrown = np.uint32(0)
-                    if not extras:
-                        outgrown = hopper.bar_any(own_bar, np.uint32(128), np.uint32(sum_0 > loose or sum_1 > loose))
+                    sum_0, sum_1, outgrown = powers(score, bases, factor)
+                    outgrown = np.uint32(0) if extras else hopper.bar_any(own_bar, np.uint32(128), outgrown)
                     # V_i is waited for here, long before its product: the loop of this wait keeps the assembler from moving the softmax
                     # below the wait for P V, which runs meanwhile.
                     hopper.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
                     wait_0()
                     if outgrown != np.uint32(0):
                         s0, s1 = again(score, bases, query, q_mine, base + k_at + slot * tile_bytes, edge, key, info, left, right, factor)
-                        sum_0, sum_1 = powers(score, bases, factor)
+                        sum_0, sum_1, _ = powers(score, bases, factor)
                         r0, r1 = np.float32(r0 * s0), np.float32(r1 * s1)
                     if leader:
                         if not extras:

@@ -61,9 +61,19 @@ class Config:
         return self.chunks * 128 * self.keys
 
     @property
+    def v_columns(self) -> int:
+        """Of V as it is multiplied: in 8 bits, eight of ones follow it, whose products are the sums of P."""
+        return self.head_dim + 8 * self.narrow
+
+    @property
+    def v_chunk_bytes(self) -> int:
+        """V turned: a row of 128 keys for each column."""
+        return 128 * self.v_columns
+
+    @property
     def v_bytes(self) -> int:
         """A tile of V as it is multiplied."""
-        return self.head_dim * -(-self.keys // 128) * 128 if self.narrow else self.tile_bytes
+        return self.v_chunk_bytes * -(-self.keys // 128) if self.narrow else self.tile_bytes
 
     # Offsets from a base of 1024-byte alignment: Q at 0, then K, V, the barriers (8 bytes each) and what the producer says of a tile, which
     # is read until the tile is stored, when the producer may be one tile ahead.

@@ -23,9 +23,12 @@ SLACK = {"16-bit": np.float32(8), NARROW: np.float32(0)}
 LOWEST = np.float32(-3e38)
 # A base may be any score of the row, as long as P stays within the dtype and sums within float32: the most that a thread's share of a row
 # of one tile may add up to before the row is measured anew.
-LOOSE = {"16-bit": ptx.half_constant({"float16": 2.0 ** 15, "bfloat16": 2.0 ** 60}), NARROW: np.float32(448)}
+LOOSE = ptx.half_constant({"float16": 2.0 ** 15, "bfloat16": 2.0 ** 60})
 # A base is set so that the highest P is 2 ** this: for e4m3 between the 448 that it may grow to and 2 ** -6, below which bits are lost.
-HIGHEST_P = {"16-bit": np.float32(0), NARROW: np.float32(3)}
+HIGHEST_P = {"16-bit": np.float32(0), NARROW: np.float32(4)}
+# A number of e4m3 is nearly its own logarithm: its bits, as an integer, are 8 * (log2 + 7) with the line 1 + f for the curve 2 ** f. So
+# many times the smallest float16 have the same bits.
+CODES_OCTAVE, CODE_OF_ONE, LAST_CODE = np.float32(8 * 2.0 ** -24), np.float32(56 * 2.0 ** -24), 126
 
 
 def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callable]:
@@ -39,9 +42,9 @@ def make_products(config: Config) -> tuple[Callable, Callable, Callable, Callabl
     steps, key_steps = config.head_dim // depth, config.keys // depth
     q_chunk, k_chunk = config.rows * 128 // 16, config.keys * 128 // 16
     # From one product of P V to the next, and to the fourth after it: down the rows of V, or along those of V turned.
-    v_step, v_leap = (2, config.head_dim * 128 // 16) if config.narrow else (128, 4 * 128)
+    v_step, v_leap = (2, config.v_chunk_bytes // 16) if config.narrow else (128, 4 * 128)
     product, product_q = hopper.wgmma_shared(config.dtype, config.keys), hopper.wgmma_registers(config.dtype, config.keys, True)
-    product_p, q_registers = hopper.wgmma_registers(config.dtype, config.head_dim, False), config.q_registers
+    product_p, q_registers = hopper.wgmma_registers(config.dtype, config.v_columns, False), config.q_registers
     plain, strided = np.uint64(_SWIZZLED), np.uint64(_SWIZZLED | (0 if config.narrow else k_chunk << 16))
     mask = np.uint32(0x3FFFF)
 
@@ -93,10 +96,11 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable
 
     A row is measured from a base: P = 2 ** (factor * score - base). sample(score), highest(score): the highest of a few and of all scores
     of a thread's two rows. settle(high_0, high_1, base, factor) -> (r0, r1): bases raised to the highest of the quad, r what O and
-    the sums so far must be multiplied by. powers(score, base, factor) -> sums of the two rows: score := P. rescale(out, total, r0, r1),
-    unless all of the warp are 1. pack(prob, score): P in the dtype, as the A fragments of P V.
+    the sums so far must be multiplied by. powers(score, base, factor) -> (sum_0, sum_1, outgrown): score := P, the sums of the two rows,
+    and not 0 where the tile must be measured anew; in 8 bits P is pairs of codes, and P V has the sums. rescale(out, total, r0, r1), unless
+    all of the warp are 1. pack(prob, score): P in the dtype, as the A fragments of P V.
     """
-    tiles, out_tiles = config.keys // 8, config.head_dim // 8
+    tiles, out_tiles = config.keys // 8, config.v_columns // 8
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
     pair = ptx.PAIR[config.out_dtype]
     step, highest_p, quads = max(1, tiles // 2), HIGHEST_P[config.dtype], tiles // 2
@@ -147,7 +151,21 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable
             sum_1 += score[4 * j + 1]
             sum_2 += score[4 * j + 2]
             sum_3 += score[4 * j + 3]
-        return sum_0 + sum_1, sum_2 + sum_3
+        sum_0, sum_1 = sum_0 + sum_1, sum_2 + sum_3
+        return sum_0, sum_1, np.uint32(sum_0 > LOOSE or sum_1 > LOOSE)
+
+    @cuda.jit(device=True, forceinline=True)
+    def codes(score, base, factor):
+        slope = factor * CODES_OCTAVE
+        from_0, from_1 = ptx.fma(base[0], -CODES_OCTAVE, CODE_OF_ONE), ptx.fma(base[1], -CODES_OCTAVE, CODE_OF_ONE)
+        highest = np.uint32(0)
+        for j in range(tiles):
+            upper = hopper.f16_pair_relu(ptx.fma(score[4 * j], slope, from_0), ptx.fma(score[4 * j + 1], slope, from_0))
+            lower = hopper.f16_pair_relu(ptx.fma(score[4 * j + 2], slope, from_1), ptx.fma(score[4 * j + 3], slope, from_1))
+            highest = hopper.max_u16_pair(hopper.max_u16_pair(upper, lower), highest)
+            score[4 * j], score[4 * j + 2] = ptx.bits_f32(upper), ptx.bits_f32(lower)
+        outgrown = np.uint32(highest + np.uint32(0x10001 * (0x7FFF - LAST_CODE))) & np.uint32(0x80008000)
+        return np.float32(0), np.float32(0), outgrown
 
     @cuda.jit(device=True, forceinline=True)
     def rescale(out, total, r0, r1):
@@ -170,9 +188,11 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable
         for i in range(quads):
             for h in range(2):
                 at = 8 * i + 2 * h
-                prob[2 * i + h] = hopper.e4m3_quad(score[at], score[at + 1], score[at + 4], score[at + 5])
+                prob[2 * i + h] = ptx.permute(ptx.f32_bits(score[at]), ptx.f32_bits(score[at + 4]), np.uint32(0x6420))
 
-    return sample, highest, settle, powers, rescale, pack_narrow if config.narrow else pack
+    if config.narrow:
+        return sample, highest, settle, codes, rescale, pack_narrow
+    return sample, highest, settle, powers, rescale, pack
 
 
 def make_clear(config: Config) -> Callable:
@@ -194,37 +214,54 @@ def make_clear(config: Config) -> Callable:
 
 
 def make_store(config: Config) -> Callable:
-    """store(out, total, out_gl, step, left, dim): the first `left` of a warp's 16 rows of O / total, rounded, to rows `step` bytes apart.
+    """store(out, total, gain, out_gl, step, left, dim): the first `left` of a warp's 16 rows of gain * O / total, rounded, to rows `step`
+    bytes apart.
 
-    Lanes 2 i and 2 i + 1 trade halves of two neighbouring 8-column tiles, so that the four lanes of a row write 32 bytes, a whole sector.
+    The four lanes of a row write 32 bytes, a whole sector. In 16 bits lanes 2 i and 2 i + 1 trade halves of two neighbouring 8-column
+    tiles for that; in 8 bits the columns lie in the order of attention_sm90_turn.py, and every lane has the sums.
     """
-    pairs = config.head_dim // 16
+    pairs, narrow, v_columns = config.head_dim // 16, config.narrow, config.v_columns
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
     pair = ptx.PAIR[config.out_dtype]
 
     @cuda.jit(device=True, forceinline=True)
-    def inverse(total):
+    def summed(total):
         total += quad_1(total)
-        total += quad_2(total)
+        return total + quad_2(total)
+
+    @cuda.jit(device=True, forceinline=True)
+    def inverse(total):
         return np.float32(0) if total == np.float32(0) else ptx.reciprocal(total)
+
+    @cuda.jit(device=True, forceinline=True)
+    def traded(out, at, scale, odd):
+        first = pair(out[at] * scale, out[at + 1] * scale)
+        second = pair(out[at + 4] * scale, out[at + 5] * scale)
+        given = ptx.f32_bits(quad_1(ptx.bits_f32(first if odd else second)))
+        return given if odd else first, second if odd else given
 
     @cuda.jit(device=True, forceinline=True)
     def store(out, total, gain, out_gl, step, left, dim):
         lane = np.uint32(cuda.threadIdx.x) & np.uint32(31)
         odd = (lane & np.uint32(1)) != np.uint32(0)
         row = np.int32(lane >> np.uint32(2))
-        column = np.int32(np.uint32(8) * (lane & np.uint32(1)) + np.uint32(2) * (lane & np.uint32(2)))
-        scale_0, scale_1 = inverse(total[0]) * gain, inverse(total[1]) * gain
+        if narrow:
+            column = np.int32(np.uint32(4) * (lane & np.uint32(3)))
+            scale_0, scale_1 = inverse(out[v_columns // 2 - 4]) * gain, inverse(out[v_columns // 2 - 2]) * gain
+        else:
+            column = np.int32(np.uint32(8) * (lane & np.uint32(1)) + np.uint32(2) * (lane & np.uint32(2)))
+            scale_0, scale_1 = inverse(summed(total[0])) * gain, inverse(summed(total[1])) * gain
         upper = out_gl + np.uint64(np.uint32(row)) * step + np.uint64(np.uint32(2) * np.uint32(column))
         lower = upper + np.uint64(8) * step
         for m in range(pairs):
             here = column + np.int32(16 * m) < dim
             for h in range(2):
-                scale = scale_0 if h == 0 else scale_1
-                first = pair(out[8 * m + 2 * h] * scale, out[8 * m + 2 * h + 1] * scale)
-                second = pair(out[8 * m + 2 * h + 4] * scale, out[8 * m + 2 * h + 5] * scale)
-                given = ptx.f32_bits(quad_1(ptx.bits_f32(first if odd else second)))
-                ptx.st_global_64_if((upper if h == 0 else lower) + np.uint64(32 * m), given if odd else first, second if odd else given,
+                at, scale = 8 * m + 2 * h, scale_0 if h == 0 else scale_1
+                if narrow:
+                    low, high = pair(out[at] * scale, out[at + 4] * scale), pair(out[at + 1] * scale, out[at + 5] * scale)
+                else:
+                    low, high = traded(out, at, scale, odd)
+                ptx.st_global_64_if((upper if h == 0 else lower) + np.uint64(32 * m), low, high,
                                     np.uint32(here and row + np.int32(8 * h) < left))
 
     return store
