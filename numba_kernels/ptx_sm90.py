@@ -59,9 +59,9 @@ WGMMA_WAIT = {n: ptx(f"wgmma_wait_{n}", f"wgmma.wait_group.sync.aligned {n};") f
 # Depth of a product, and the dtype as PTX has it; of 8 bits both operands are K-major.
 _WGMMA_DTYPE = {dtype: (16, kind) for dtype, kind in KIND.items()} | {"float8_e4m3fn": (32, "e4m3"), "int8": (32, "s8")}
 stmatrix_x4 = ptx("stmatrix_x4", "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "", "rrrrr")
-# Four float32 to the four bytes of a word, e4m3, clipped to +-448.
-e4m3_quad = ptx("e4m3_quad", "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
-                "mov.b32 $0, {l, h}; }", "r", "ffff", pure=True)
+# Two float32 to a pair of float16, negative ones to 0; the higher of two pairs of u16.
+f16_pair_relu = ptx("f16_pair_relu", "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "r", "ff", pure=True)
+max_u16_pair = ptx("max_u16_pair", "max.u16x2 $0, $1, $2;", "r", "rr", pure=True)
 
 
 def wgmma_shared(dtype: str, n: int) -> Callable:
