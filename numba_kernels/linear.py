@@ -7,6 +7,8 @@ W is 16 bits, or int8 or float8 e4m3 with a scale a row. A block takes 16 rows o
 (see linear_tile.py); a warp copies 128 or 256 neighbouring bytes of a row at once, which the memory serves a sixth faster than 64. On
 sm_90 the first bytes are asked into L2 while the kernel before still runs; the copies themselves wait for its end, so that weights which
 that kernel writes are read as they should be. Floor: bytes of the weights / read bandwidth.
+
+Normed, x is first normalised by its root mean square: the norm's weight comes through the ring as one more row of x (see `make_norm`).
 """
 from __future__ import annotations
 
@@ -22,26 +24,29 @@ from ftops.numba_kernels import ptx, tuned
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.linear_dequantise import make_rows
-from ftops.numba_kernels.linear_tile import STAGE_K, X_ROW_BYTES, added, aligned_x, form_of, kind_of, make_finish, make_x, spread
+from ftops.numba_kernels.linear_tile import STAGE_K, X_ROW_BYTES, added, aligned_x, form_of, kind_of, make_finish, make_norm, make_x, spread
 from ftops.numba_kernels.rows import DTYPE_NAME
 
 TILE_ROWS = 16  # of W a block takes at a time
 GATED_ROWS = 16  # gate and up together are a multiple of this
 PIECE_BYTES = 64  # of a row that the four lanes t of a fragment load at once
 RESIDENT_WARPS = 16  # of a multiprocessor, by registers
+NORM_ROWS = 16  # of x that may be normalised here: registers for the squares of more would keep blocks away
 BATCHES = {"16-bit": (8, 16), "int8": (8, 16, 32), "e4m3": (8, 16, 32)}
 TUNED = (4, 2), (4, 3), (4, 4), (8, 2), (2, 4)  # warps and stages that `ftops tune` measures where a block has the memory
 
 
 @dataclass(frozen=True)
 class Config:
-    """kind of W: 16-bit, int8 or e4m3; dtype of x; batch: rows of x a block; warps of a block, stages of a warp's ring."""
+    """kind of W: 16-bit, int8 or e4m3; dtype of x; batch: rows of x a block; warps of a block, stages of a warp's ring;
+    normed: with an RMS norm of x, bfloat16 alone, since x times the norm's weight may pass float16's range where the norm does not."""
 
     kind: str
     dtype: str
     batch: int
     warps: int = 4
     stages: int = 2
+    normed: bool = False
 
     @property
     def item(self) -> int:
@@ -53,16 +58,25 @@ class Config:
         return TILE_ROWS * STAGE_K * self.item
 
     @property
-    def stage_bytes(self) -> int:
+    def norm_offset(self) -> int:
+        """In a stage, behind x."""
         return self.x_offset + X_ROW_BYTES * self.batch
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.norm_offset + X_ROW_BYTES * self.normed
 
     @property
     def sums_offset(self) -> int:
         return self.warps * self.stages * self.stage_bytes
 
     @property
+    def sums_bytes(self) -> int:
+        return self.warps * 4 * (TILE_ROWS + self.normed) * self.batch
+
+    @property
     def shared_bytes(self) -> int:
-        return self.sums_offset + 2 * self.warps * 4 * TILE_ROWS * self.batch
+        return self.sums_offset + 2 * self.sums_bytes
 
 
 def pick(kind: str, dtype: str, rows: int) -> Config:
@@ -72,6 +86,11 @@ def pick(kind: str, dtype: str, rows: int) -> Config:
     """
     batch = next((batch for batch in BATCHES[kind] if batch >= rows), BATCHES[kind][-1])
     return Config(kind, dtype, batch, stages=3 if kind != "16-bit" and batch <= 16 else 2)
+
+
+def norms(x: torch.Tensor) -> bool:
+    """Whether the kernel normalises x[..., K] itself."""
+    return x.dtype is torch.bfloat16 and x.numel() <= NORM_ROWS * x.shape[-1]
 
 
 def candidates(kind: str, dtype: str, rows: int) -> dict[str, Config]:
@@ -86,13 +105,14 @@ def make(config: Config) -> Callable:
     batch_tiles, warp_bytes, last_stage, row_bytes, step_k = batch // 8, stages * stage_bytes, stages - 1, STAGE_K * item, STAGE_K * warps
     lanes_a_row, lane_k, step_bytes, x_step, x_words = row_bytes // 16, 16 // item, row_bytes * warps, X_ROW_BYTES * warps, 8 // item
     rows_at_once, pieces, step_shift = 32 // lanes_a_row, row_bytes // PIECE_BYTES, step_k.bit_length() - 1
-    x_offset, sums_offset, last_sh = config.x_offset, config.sums_offset, last_stage * stage_bytes
+    x_offset, sums_offset, last_sh, normed = config.x_offset, config.sums_offset, last_stage * stage_bytes, config.normed
     n_acc, n_x, n_x_at, second = 8 * batch_tiles, x_words * batch_tiles, 2 * batch_tiles, 4 * batch_tiles
-    sums_bytes = 4 * TILE_ROWS * batch * warps
+    n_squares, norm_offset, sums_bytes = 4 * batch_tiles if normed else 1, config.norm_offset, config.sums_bytes
     mma, wait_for_oldest, zero, start = ptx.MMA[config.dtype], ptx.CP_ASYNC_WAIT[last_stage], np.float32(0), np.int32(0)
     scaled, products, unit = item == 1, x_words // 2, 64 if item == 2 else 16  # of x: bytes between a lane's accesses
     fragment, (copy_x, place_x) = make_rows(config.kind, config.dtype), make_x(batch, unit)
-    keep, finish = make_finish(config.dtype, batch, TILE_ROWS, warps)
+    keep, finish = make_finish(config.dtype, batch, TILE_ROWS, warps, normed)
+    square, weigh, keep_squares = make_norm(config.dtype, batch, x_words, TILE_ROWS) if normed else (None, None, None)
     across, up_offset = TILE_ROWS.bit_length() - 1, 4 * batch * (TILE_ROWS // 2)
 
     @cuda.jit(device=True, forceinline=True)
@@ -119,6 +139,17 @@ def make(config: Config) -> Callable:
                 x[at], x[at + 1], x[at + 2], x[at + 3] = ptx.ld_shared_128(x_sh)
 
     @cuda.jit(device=True, forceinline=True)
+    def norm_x(p, norm_sh, x, squares):
+        """x of a piece times the norm's weight, and its squares."""
+        square(0, x, squares)
+        square(1, x, squares)
+        if products == 4:
+            square(2, x, squares)
+            square(3, x, squares)
+        for a in range(x_words // 4):
+            weigh(4 * a, ptx.ld_shared_128(np.int32(norm_sh + (unit * p if item == 2 else 2 * PIECE_BYTES * p + unit * a))), x)
+
+    @cuda.jit(device=True, forceinline=True)
     def multiply(s, low, high, x, acc):
         """Product s of a piece, to one of two sums, so that a product waits for less. Written out, since LLVM for sm_100 keeps such loops,
         and acc in local memory with them."""
@@ -130,8 +161,8 @@ def make(config: Config) -> Callable:
             mma(acc, place + 8, a[0], a[1], a[2], a[3], x[at + 2 * x_words], x[at + 2 * x_words + 1])
             mma(acc, place + 12, a[0], a[1], a[2], a[3], x[at + 3 * x_words], x[at + 3 * x_words + 1])
 
-    def linear(x_gl, w_gl, scale_gl, bias_gl, residual_gl, out_gl, x_stride, w_stride, residual_stride, rows, N, K, width, half, form,
-               linear, cubic):
+    def linear(x_gl, w_gl, scale_gl, norm_gl, bias_gl, residual_gl, out_gl, x_stride, w_stride, residual_stride, rows, N, K, width, half,
+               form, linear, cubic, over_length, eps):
         shared_sh = np.int32(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
@@ -155,11 +186,15 @@ def make(config: Config) -> Callable:
         copy_x_sh = np.int32(ring_sh + x_offset + X_ROW_BYTES * odd + (16 * (lane & 15) ^ unit * odd))
         k = np.int32(STAGE_K * warp + 8 * (lane & 15))
         x_begin, x_jump, own_k = np.int64(x_gl) + 2 * (x_stride * (first_x + odd) + k), 4 * x_stride, np.int32(K - k)
+        norm_behind = np.int64(norm_gl) + 2 * k - x_begin  # x, where the lanes of an even row are
         x_at = cuda.local.array(n_x_at, np.int32)
         x = cuda.local.array(n_x, np.uint32)
         acc = cuda.local.array(n_acc, np.float32)
+        squares = cuda.local.array(n_squares, np.float32)
         for i in range(n_acc):
             acc[i] = zero
+        for i in range(n_squares):
+            squares[i] = zero
         # What is copied next: its tile, stages of it that are left, and where.
         copied, waiting, below = first, max(steps, start), np.int32(N - 1 - first - row)
         w_gl, x_gl, left, left_k = w_begin + w_row * min((first >> gated) + row, N - 1), x_begin, own_left, own_k
@@ -172,6 +207,9 @@ def make(config: Config) -> Callable:
                 if waiting > 0:
                     copy(np.int32(copy_sh + filling), w_gl, jump, to_up, below, left)
                     copy_x(np.int32(copy_x_sh + filling), x_gl, x_jump, x_count, np.int32(x_count - odd), left_k)
+                    if normed and odd == 0:
+                        norm_sh = np.int32(copy_x_sh + norm_offset - x_offset + filling)
+                        ptx.cp_async_16_l1(norm_sh, x_gl + norm_behind, np.uint32(16 if left_k > 0 else 0))
                     w_gl, x_gl, left, left_k = w_gl + step_bytes, x_gl + x_step, np.int32(left - step_k), np.int32(left_k - step_k)
                     filling, waiting = start if filling == last_sh else np.int32(filling + stage_bytes), np.int32(waiting - 1)
                     if waiting == 0:
@@ -191,6 +229,8 @@ def make(config: Config) -> Callable:
                     piece_sh = np.int32((odd_sh if p & 1 else even_sh) + using + PIECE_BYTES * p)
                     low, high = ptx.ld_shared_128(piece_sh), ptx.ld_shared_128(np.int32(piece_sh + 8 * row_bytes))
                     load_x(p, x_at, x)
+                    if normed:
+                        norm_x(p, np.int32(ring_sh + norm_offset + 2 * lane_k * t + using), x, squares)
                     multiply(0, low, high, x, acc)
                     multiply(1, low, high, x, acc)
                     if products == 4:
@@ -208,9 +248,14 @@ def make(config: Config) -> Callable:
                     acc[4 * j + 2], acc[4 * j + 3] = acc[4 * j + 2] * lower, acc[4 * j + 3] * lower
             sums_sh = np.int32(shared_sh + sums_offset + parity)
             keep(acc, sums_sh, thread)
+            if normed:
+                keep_squares(squares, sums_sh, thread)
+                for i in range(n_squares):
+                    squares[i] = zero
             cuda.syncthreads()
             finish(sums_sh, up_offset, np.int32(across - gated), thread, np.int32(first >> gated), first_x, rows, np.int32(N >> gated),
-                   half, np.int64(bias_gl), np.int64(residual_gl), residual_stride, np.int64(out_gl), form, linear, cubic)
+                   half, np.int64(bias_gl), np.int64(residual_gl), residual_stride, np.int64(out_gl), form, linear, cubic,
+                   over_length, eps)
             parity = np.int32(sums_bytes - parity)
             for i in range(n_acc):
                 acc[i] = zero
@@ -221,7 +266,7 @@ def make(config: Config) -> Callable:
 
 def spec(config: Config, shared_bytes: int = 0) -> Spec:
     """shared_bytes above what is needed keep further blocks from a multiprocessor."""
-    return Spec(make, config, "ppppppllliiiiiiff", threads=32 * config.warps,
+    return Spec(make, config, "pppppppllliiiiiiffff", threads=32 * config.warps,
                 shared_bytes=max(shared_bytes, config.shared_bytes), dependent=True, halves=config.kind == "16-bit")
 
 
@@ -231,6 +276,8 @@ def variants() -> Iterator[Spec]:
         for dtype in ("float16", "bfloat16"):
             for rows in batches:
                 yield spec(pick(kind, dtype, rows))
+                if dtype == "bfloat16" and rows <= NORM_ROWS:
+                    yield spec(replace(pick(kind, dtype, rows), normed=True))
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor, max_rows: int | None) -> bool:
@@ -258,26 +305,31 @@ def _takes(kind: torch.dtype, dtype: torch.dtype, shape: tuple[int, int], rows: 
 
 @functools.cache
 def _kernel(kind: str, dtype: torch.dtype, rows: int, N: int, width: int, device: int,
-            config: Config | None = None) -> tuple[Kernel, int, int]:
+            config: Config | None = None, normed: bool = False) -> tuple[Kernel, int, int]:
     """(kernel, blocks for x, blocks for W)."""
     if config is None:
         config = tuned.chosen(tuned.problem(tuned.op_of(kind), dtype, N, width), rows, device, candidates(kind, DTYPE_NAME[dtype], rows))
-    blocks_x = -(-rows // config.batch)
+    config, blocks_x = replace(config, normed=normed), -(-rows // config.batch)
     blocks, shared_bytes = spread(-(-N // TILE_ROWS), blocks_x, config.shared_bytes, RESIDENT_WARPS // config.warps, device)
     return load(spec(config, shared_bytes), device), blocks_x, blocks
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
-           residual: torch.Tensor | None, gated: bool = False, config: Config | None = None) -> torch.Tensor:
+           residual: torch.Tensor | None, gated: bool = False, config: Config | None = None, norm: torch.Tensor | None = None,
+           eps: float = 0.0) -> torch.Tensor:
     """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32. gated: N a multiple of 16.
-    config: in place of what is picked."""
-    (N, width), rows = weight.shape, x.numel() // x.shape[-1]
+    config: in place of what is picked. norm: x is first normalised by its root mean square and multiplied by norm[K], where `norms`."""
+    (N, width), rows, over_length = weight.shape, x.numel() // x.shape[-1], 1 / x.shape[-1]
     half = N // 2 if gated else 0
     out = x.new_empty((*x.shape[:-1], half or N))
     x, x_stride, K = aligned_x(x, rows)
-    scale_at = 0 if scales is None else scales.data_ptr()
+    norm_at, scale_at = 0, 0 if scales is None else scales.data_ptr()
+    if norm is not None:
+        norm = aligned_x(norm, 1)[0]
+        norm_at = norm.data_ptr()
     bias_at, residual_at, residual_stride, _held = added(bias, residual)
-    kernel, blocks_x, blocks = _kernel(kind_of(weight.dtype), x.dtype, rows, N, width, x.device.index, config)
-    kernel(blocks_x, blocks, 1, x.data_ptr(), weight.data_ptr(), scale_at, bias_at, residual_at, out.data_ptr(), x_stride, weight.stride(0),
-           residual_stride, rows, N, K, width, half, *form_of(activation))
+    kernel, blocks_x, blocks = _kernel(kind_of(weight.dtype), x.dtype, rows, N, width, x.device.index, config,
+                                       norm is not None)
+    kernel(blocks_x, blocks, 1, x.data_ptr(), weight.data_ptr(), scale_at, norm_at, bias_at, residual_at, out.data_ptr(), x_stride,
+           weight.stride(0), residual_stride, rows, N, K, width, half, *form_of(activation), over_length, eps)
     return out

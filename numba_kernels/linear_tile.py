@@ -19,7 +19,7 @@ from numba import cuda
 
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.activation import FORMS, make_activate
-from ftops.numba_kernels.rows import rows_of
+from ftops.numba_kernels.rows import rows_of, rsqrt
 
 STAGE_K = 128  # values of k a stage of a warp
 X_ROW_BYTES = 2 * STAGE_K
@@ -97,16 +97,53 @@ def make_x(batch: int, unit: int) -> tuple[Callable, Callable]:
     return copy_x, place_x
 
 
-def make_finish(dtype: str, batch: int, tile_rows: int, warps: int) -> tuple[Callable, Callable]:
+def make_norm(dtype: str, batch: int, words: int, tile_rows: int) -> tuple[Callable, Callable, Callable]:
+    """(square, weigh, keep_squares) of an RMS norm of x: what is multiplied is x times the norm's weight, rounded, and `finish` multiplies
+    the sums of a row by 1 / sqrt(mean(x^2) + eps). For up to 16 rows of x.
+
+    square(s, x, squares): product s of x's fragments, `words` for each 8 rows, with themselves. The sums of squares are the diagonal of
+    x x^T, which takes the tensor cores one product where 16 instructions would add the squares of a lane's words.
+    weigh(at, weight, x): x[at : at + 4] and those of further rows times the four words of the norm's weight.
+    keep_squares(squares, sums_sh, thread): behind a warp's sums, a float32 for each row of x.
+    """
+    mma, multiply, minus_zero, tiles = ptx.MMA[dtype], ptx.FMA_PAIR[dtype], np.uint32(0x80008000), batch // 8
+
+    @cuda.jit(device=True, forceinline=True)
+    def square(s, x, squares):
+        at, other = 2 * s, 2 * s + words * (tiles - 1)
+        mma(squares, 0, x[at], x[other], x[at + 1], x[other + 1], x[at], x[at + 1])
+        if tiles > 1:
+            mma(squares, 4, x[at], x[other], x[at + 1], x[other + 1], x[other], x[other + 1])
+
+    @cuda.jit(device=True, forceinline=True)
+    def weigh(at, weight, x):
+        for j in range(tiles):
+            for i in range(4):
+                x[words * j + at + i] = multiply(x[words * j + at + i], weight[i], minus_zero)
+
+    @cuda.jit(device=True, forceinline=True)
+    def keep_squares(squares, sums_sh, thread):
+        lane, warp = thread & 31, thread >> 5
+        row = lane >> 2
+        if lane & 3 == row >> 1:
+            row_sh = np.int32(sums_sh + 4 * batch * (warp * (tile_rows + 1) + tile_rows) + 4 * row)
+            ptx.st_shared_f32(row_sh, squares[1] if row & 1 else squares[0])
+            if tiles > 1:
+                ptx.st_shared_f32(row_sh + 32, squares[7] if row & 1 else squares[6])
+    return square, weigh, keep_squares
+
+
+def make_finish(dtype: str, batch: int, tile_rows: int, warps: int, normed: bool = False) -> tuple[Callable, Callable]:
     """(keep, finish): out[first_x : first_x + batch, first : first + 2 ** across] from the sums of all warps, in their order.
 
     keep(acc, sums_sh, thread): acc[4 (i * batch / 8 + j) + r] is the fragment of 16 rows of the weights i and of 8 rows of x j. sums_sh:
-    tile_rows * batch float32 a warp. There are two such, since a tile's are read until the next one's barrier.
+    tile_rows * batch float32 a warp; normed, then the rows' sums of squares, of which over_length and eps make a factor of each row.
+    There are two such, since a tile's are read until the next one's barrier.
     finish(sums_sh, up, across, ...), behind a barrier. half: 0, or where act(gate) * up is written, rows of the weights between gate and
     up, whose sums lie `up` bytes behind the gate's; N is then the columns of the result.
     """
     low, pair = ptx.LOW[dtype], ptx.PAIR[dtype]
-    row_tiles, batch_tiles, threads, warp_bytes = tile_rows // 16, batch // 8, 32 * warps, 4 * tile_rows * batch
+    row_tiles, batch_tiles, threads, warp_bytes = tile_rows // 16, batch // 8, 32 * warps, 4 * (tile_rows + normed) * batch
     activate = make_activate(1)
 
     @cuda.jit(device=True, forceinline=True)
@@ -121,27 +158,37 @@ def make_finish(dtype: str, batch: int, tile_rows: int, warps: int) -> tuple[Cal
                 ptx.st_shared_64(here_sh + 32 * batch, ptx.f32_bits(acc[at + 2]), ptx.f32_bits(acc[at + 3]))
 
     @cuda.jit(device=True, forceinline=True)
-    def summed(sum_sh, bias_gl, column):
+    def added_up(sum_sh):
         value = ptx.ld_shared_f32(sum_sh)
         for w in range(1, warps):
             value += ptx.ld_shared_f32(sum_sh + w * warp_bytes)
+        return value
+
+    @cuda.jit(device=True, forceinline=True)
+    def summed(sum_sh, factor, bias_gl, column):
+        value = added_up(sum_sh)
+        if normed:
+            value *= factor
         if bias_gl != 0:
             value += low(ptx.ld_written_16(bias_gl + 2 * np.int64(column)))
         return value
 
     @cuda.jit(device=True, forceinline=True)
     def finish(sums_sh, up, across, thread, first, first_x, rows, N, half, bias_gl, residual_gl, residual_stride, out_gl, form, linear,
-               cubic):
+               cubic, over_length, eps):
         value = cuda.local.array(1, np.float32)
+        factor = np.float32(1)
         for item in range(thread, min(rows - first_x, batch) << across, threads):
             row, column = item >> across, item & (1 << across) - 1
             if first + column < N:
                 sum_sh = sums_sh + 4 * (batch * column + row)
-                value[0] = summed(sum_sh, bias_gl, first + column)
+                if normed:
+                    factor = rsqrt(ptx.fma(added_up(sums_sh + 4 * (batch * tile_rows + row)), over_length, eps))
+                value[0] = summed(sum_sh, factor, bias_gl, first + column)
                 if form >= 0:
                     activate(value, form, linear, cubic)
                 if half > 0:
-                    value[0] *= summed(sum_sh + up, bias_gl, first + column + half)
+                    value[0] *= summed(sum_sh + up, factor, bias_gl, first + column + half)
                 if residual_gl != 0:
                     value[0] += low(ptx.ld_written_16(residual_gl + 2 * ((first_x + row) * residual_stride + first + column)))
                 ptx.st_global_16(out_gl + 2 * (np.int64(first_x + row) * N + first + column), pair(value[0], np.float32(0)))

@@ -256,7 +256,7 @@ def make(config: Config) -> Callable:
                 cuda.syncthreads()
                 finish(np.int32(sums_sh - sums_bytes * gated), sums_bytes, across, thread, np.int32(TILE_ROWS * tile), first_x, rows,
                        np.int32(N >> gated), np.int32(TILE_ROWS * half), np.int64(bias_gl), np.int64(residual_gl), residual_stride,
-                       np.int64(out_gl), form, linear, cubic)
+                       np.int64(out_gl), form, linear, cubic, zero, zero)
                 tile = np.int32(tile + apart)
             else:
                 cuda.syncthreads()  # what lies here has been read

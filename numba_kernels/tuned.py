@@ -49,7 +49,7 @@ def problem(op: str, dtype: torch.dtype, N: int, K: int) -> str:
 def name_of(kernel: str, config: Any) -> str:
     """The name of a configuration: "linear: batch 8, warps 4, stages 2"; what the problem says already is left out."""
     return f"{kernel}: " + ", ".join(f"{field.name} {getattr(config, field.name)}" for field in fields(config)
-                                     if field.name not in ("kind", "dtype"))
+                                     if field.name not in ("kind", "dtype", "normed"))
 
 
 def winner(problem: str, rows: int, device: int) -> str | None:

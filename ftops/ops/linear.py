@@ -1,4 +1,4 @@
-"""A linear layer with what follows it: y = act(x W^T + bias) + residual.
+"""A linear layer with what follows it, and the RMS norm before it where one is given: y = act(x W^T + bias) + residual.
 
 act may be gated, swiglu and its like: W is then gate and up, one behind the other, and y = act(gate) * up + residual has N / 2 columns.
 Few rows of x read the weights at memory speed in one kernel of ours; more rows, float32 and weights whose rows do not start on 16 bytes
@@ -16,20 +16,36 @@ from ftops.op import Case, check_tensors, invalid, register, straight
 from ftops.ops.bias_activation import ACTIVATIONS, bias_activation
 from ftops.ops.gated_activation import GLU, gated_activation
 from ftops.ops.gated_activation import reference as gated_reference
+from ftops.ops.rms_norm import RMS_NORM
+from ftops.ops.rms_norm import reference as rms_reference
 from ftops.samples import randn
 
 MAX_ROWS = 16  # of x that the kernel is for
 
 
-def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
-              residual: torch.Tensor | None) -> torch.Tensor:
+def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None,
+              norm: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    n = x.to(wide) if norm is None else rms_reference(x.to(wide), norm, eps, 0.0)
+    y = F.linear(n, weight.to(wide), None if bias is None else bias.to(wide))
     if activation in GLU:
         y = gated_reference(y, GLU[activation])
     elif activation:
         y = ACTIVATIONS[activation](y)
     return (y if residual is None else y + residual.to(wide)).to(x.dtype)
+
+
+def normed(x: torch.Tensor, norm: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """x, by its RMS norm where one is given."""
+    return x if norm is None else RMS_NORM(x, norm, eps, 0.0)
+
+
+def after_norm(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What an op does of all its arguments, the last two being the norm's, with `run`, which knows no norm."""
+    def call(x: torch.Tensor, *given: Any) -> torch.Tensor:
+        *rest, norm, eps = given
+        return run(normed(x, norm, eps), *rest)
+    return call
 
 
 def library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
@@ -55,18 +71,26 @@ def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
     few_rows, many_rows = make_few_rows(), make_many_rows()
 
-    def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if serves(x, weight, MAX_ROWS):
-            return few_rows(x, weight, None, *rest)
+    def many(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
         return many_rows(x, weight, None, *rest) if serves_many(x, weight) else library(x, weight, *rest)
+    others = after_norm(many)
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return few_rows(x, weight, None, *rest) if serves(x, weight, MAX_ROWS) else others(x, weight, *rest)
     return linear
 
 
 def make_few_rows() -> Callable[..., torch.Tensor]:
-    """few_rows(x, weight, scales, bias, activation, residual): by the kernel that reads weights of 16 or 8 bits once."""
-    from ftops.numba_kernels.linear import GATED_ROWS, launch
+    """few_rows(x, weight, scales, bias, activation, residual, norm, eps): by the kernel that reads weights of 16 or 8 bits once."""
+    from ftops.numba_kernels.linear import GATED_ROWS, launch, norms
     run = with_gate(launch, GATED_ROWS)
-    return lambda x, weight, *rest: run(weight.shape[0], x, weight, *rest)
+
+    def few_rows(x: torch.Tensor, weight: torch.Tensor, *given: Any) -> torch.Tensor:
+        *rest, norm, eps = given
+        if norm is None or not norms(x):
+            return run(weight.shape[0], normed(x, norm, eps), weight, *rest)
+        return run(weight.shape[0], x, weight, *rest, norm=norm, eps=eps)
+    return few_rows
 
 
 def make_many_rows() -> Callable[..., torch.Tensor]:
@@ -105,8 +129,8 @@ def with_gate(launch: Callable[..., torch.Tensor], multiple: int) -> Callable[..
 
 
 def fake(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """Of any linear op whose weights [N, ...] come second, and activation and residual last."""
-    return torch.empty((*x.shape[:-1], columns(weight.shape[0], rest[-2])), dtype=x.dtype, device=x.device)
+    """Of any linear op whose weights [N, ...] come second, and activation, residual, norm and eps last."""
+    return torch.empty((*x.shape[:-1], columns(weight.shape[0], rest[-4])), dtype=x.dtype, device=x.device)
 
 
 def columns(N: int, activation: str | None) -> int:
@@ -114,13 +138,13 @@ def columns(N: int, activation: str | None) -> int:
     return N // 2 if activation in GLU else N
 
 
-LINEAR = register("linear(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
-                  cpu=library, cuda=_cuda, fake=fake)
+LINEAR = register("linear(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual, Tensor? norm, float eps) -> Tensor",
+                  cpu=after_norm(library), cuda=_cuda, fake=fake)
 _linear = straight(LINEAR)
 
 
 def check_beside_weight(op: str, x: torch.Tensor, N: int, K: int, bias: torch.Tensor | None, activation: str | None,
-                        residual: torch.Tensor | None) -> None:
+                        residual: torch.Tensor | None, norm: torch.Tensor | None) -> None:
     """What a linear op is given beside its weights [N, K], in whatever format they are."""
     shape = x.shape
     if not shape or shape[-1] != K:
@@ -131,25 +155,28 @@ def check_beside_weight(op: str, x: torch.Tensor, N: int, K: int, bias: torch.Te
         raise invalid(op, "activation", repr(activation), f"None, {', '.join((*ACTIVATIONS, *GLU))}")
     if activation in GLU and N % 2:
         raise invalid(op, "activation", repr(activation), f"one without a gate, since the weight's {N} rows are not gate and up")
+    if norm is not None and norm.shape != (K,):
+        raise invalid(op, "norm.shape", tuple(norm.shape), f"({K},), x's last dimension")
     if residual is not None and residual.shape != (*shape[:-1], columns(N, activation)):
         raise invalid(op, "residual.shape", tuple(residual.shape), f"{(*shape[:-1], columns(N, activation))}, the result's shape")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, activation: str | None = None,
-           residual: torch.Tensor | None = None) -> torch.Tensor:
+           residual: torch.Tensor | None = None, norm: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
     """act(x W^T + bias) + residual for x[..., K], weight[N, K], bias[N] and residual[..., N]; the result [..., N] is contiguous.
 
     activation: None, silu, gelu, gelu_tanh, relu or quick_gelu; or swiglu, geglu, geglu_tanh, reglu or quick_geglu, which are act of the
-    first half of the columns times the second: result and residual are then [..., N / 2]. All of one dtype (float32, float16, bfloat16;
-    sums in float32), any strides. On a GPU, 16-bit weights with up to 16 rows of x are read at memory speed if K and the rows' stride are
-    multiples of 8.
+    first half of the columns times the second: result and residual are then [..., N / 2]. norm[K]: x is first what
+    `ops.rms_norm(x, norm, eps)` gives, on a GPU in the same pass for up to 16 rows of x in bfloat16. All of one dtype (float32, float16,
+    bfloat16; sums in float32), any strides. On a GPU, 16-bit weights with up to 16 rows of x are read at memory speed if K and the rows'
+    stride are multiples of 8.
     Raises ValueError.
     """
-    check_tensors("linear", x=x, weight=weight, bias=bias, residual=residual)
+    check_tensors("linear", x=x, weight=weight, bias=bias, residual=residual, norm=norm)
     if weight.dim() != 2:
         raise invalid("linear", "weight.shape", tuple(weight.shape), "[N, K]")
-    check_beside_weight("linear", x, *weight.shape, bias, activation, residual)
-    return _linear(x, weight, bias, activation, residual)
+    check_beside_weight("linear", x, *weight.shape, bias, activation, residual, norm)
+    return _linear(x, weight, bias, activation, residual, norm, eps)
 
 
 def cases() -> Iterator[Case]:
@@ -159,6 +186,8 @@ def cases() -> Iterator[Case]:
             given: dict[str, Any] = {"activation": options.get("activation")}
             if options.get("residual"):
                 given["residual"] = randn((*shape[:-1], columns(N, given["activation"])), device, dtype)
+            if options.get("norm"):
+                given |= {"norm": randn((K,), device, dtype), "eps": 1e-2}
             bias = randn((N,), device, dtype) if options.get("bias") else None
             return (randn(shape, device, dtype), randn((N, K), device, dtype, K ** -0.5), bias), given
         return Case(name, make)
@@ -173,6 +202,10 @@ def cases() -> Iterator[Case]:
     yield case("gated_odd", (3, 64), 42, bias=True, activation="reglu")
     yield case("gated_many", (40, 512), 96, bias=True, activation="geglu_tanh", residual=True)
     yield case("tile_ends", (9, 1, 1032), 33)
+    yield case("norm", (1, 1, 4096), 200, norm=True)
+    yield case("norm_gated", (8, 1, 1032), 96, norm=True, activation="swiglu")
+    yield case("norm_everything", (16, 520), 112, norm=True, bias=True, activation="geglu", residual=True)
+    yield case("norm_many", (40, 512), 64, norm=True, residual=True)
     yield case("odd", (2, 111), 7, bias=True)
     yield case("vector", (256,), 48, activation="relu")
     yield case("empty", (0, 64), 8, bias=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ftops.op import Case, register, straight
-from ftops.ops.linear import columns, fake, followed, library, make_few_rows, make_many_rows, make_narrow
+from ftops.ops.linear import after_norm, columns, fake, followed, library, make_few_rows, make_many_rows, make_narrow
 from ftops.ops.linear import reference as linear_reference
 from ftops.ops.linear_w8a16 import check_8bit
 from ftops.samples import randn
@@ -27,10 +27,9 @@ def dequantise(values: torch.Tensor, scales: torch.Tensor, columns: int, dtype: 
     return (values[:, :columns].to(wide) * scales.unsqueeze(-1)).to(dtype)
 
 
-def reference(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
-              residual: torch.Tensor | None) -> torch.Tensor:
+def reference(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return linear_reference(x, dequantise(values, scales, x.shape[-1], wide), bias, activation, residual).to(x.dtype)
+    return linear_reference(x, dequantise(values, scales, x.shape[-1], wide), *rest).to(x.dtype)
 
 
 def _library(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -46,10 +45,8 @@ def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
     few_rows, many_rows, narrow, narrow_library = make_few_rows(), make_many_rows(), make_narrow(FP8), make_narrow_library()
 
-    def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
-               residual: torch.Tensor | None) -> torch.Tensor:
-        if serves(x, values, left_to_others("e4m3", MAX_ROWS, x.device.index)):
-            return few_rows(x, values, scales, bias, activation, residual)
+    def many(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
+             residual: torch.Tensor | None) -> torch.Tensor:
         if x.numel() <= MAX_ROWS * x.shape[-1] and serves_many(x, values):
             return many_rows(x, values, scales, bias, activation, residual)
         if x.numel() > MAX_ROWS * x.shape[-1] and serves_many(x, values, narrow=True):
@@ -58,6 +55,11 @@ def _cuda() -> Callable[..., Any]:
         if (N | width) % 16 or not values.is_contiguous() or x.dtype is torch.float32 or not x.numel() or not multiplies_fp8(x.device):
             return _library(x, values, scales, bias, activation, residual)
         return narrow_library(x, None, values, scales, bias, activation, residual)
+    others = after_norm(many)
+
+    def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
+        few = serves(x, values, left_to_others("e4m3", MAX_ROWS, x.device.index))
+        return (few_rows if few else others)(x, values, scales, *rest)
     return linear
 
 
@@ -77,32 +79,34 @@ def make_narrow_library() -> Callable[..., torch.Tensor]:
     return narrow
 
 
-LINEAR_FP8 = register("linear_fp8(Tensor x, Tensor values, Tensor scales, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
-                      cpu=_library, cuda=_cuda, fake=fake)
+LINEAR_FP8 = register("linear_fp8(Tensor x, Tensor values, Tensor scales, Tensor? bias, str? activation, Tensor? residual, "
+                      "Tensor? norm, float eps) -> Tensor", cpu=after_norm(_library), cuda=_cuda, fake=fake)
 _linear_fp8 = straight(LINEAR_FP8)
 
 
 def linear_fp8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None, *,
-               activation: str | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+               activation: str | None = None, residual: torch.Tensor | None = None, norm: torch.Tensor | None = None,
+               eps: float = 1e-6) -> torch.Tensor:
     """act(x W^T + bias) + residual for x[..., K] and W = values[N, K] * scales[N]; the result [..., N] is contiguous.
 
     values: float8_e4m3fn without NaN; scales: float32; x, bias and residual of one dtype (float32, float16, bfloat16; sums in float32).
     values may have more columns than x, to the next multiple of 16, which are zeros. More than 64 rows of x are rounded to e4m3 on
-    GPUs that multiply it. Raises ValueError.
+    GPUs that multiply it. norm[K]: x is first `ops.rms_norm(x, norm, eps)`, as in `linear`. Raises ValueError.
     """
-    check_8bit("linear_fp8", FP8, x, values, scales, bias, activation, residual)
-    return _linear_fp8(x, values, scales, bias, activation, residual)
+    check_8bit("linear_fp8", FP8, x, values, scales, bias, activation, residual, norm)
+    return _linear_fp8(x, values, scales, bias, activation, residual, norm, eps)
 
 
 def cases() -> Iterator[Case]:
     def case(name: str, shape: tuple[int, ...], N: int, bias: bool = False, activation: str | None = None,
-             residual: bool = False) -> Case:
+             residual: bool = False, norm: bool = False) -> Case:
         def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
             K = shape[-1]
             values = torch.nn.functional.pad(torch.randn(N, K) * 100, (0, -K % 16)).clamp(-448, 448).to(FP8)
             scales = (torch.rand(N) + 0.5) / (100 * K ** 0.5)
             return (randn(shape, device, dtype), values.to(device), scales.to(device), randn((N,), device, dtype) if bias else None), {
-                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None}
+                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None,
+                "norm": randn((K,), device, dtype) if norm else None}
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)
@@ -113,4 +117,7 @@ def cases() -> Iterator[Case]:
     yield case("k_ends", (9, 1000), 33)
     yield case("gated", (2, 1, 768), 96, bias=True, activation="swiglu", residual=True)
     yield case("gated_many", (70, 256), 64, activation="geglu")
+    yield case("norm", (3, 1, 1000), 96, bias=True, norm=True)
+    yield case("norm_gated", (16, 768), 96, activation="swiglu", norm=True)
+    yield case("norm_many", (70, 256), 64, residual=True, norm=True)
     yield case("empty", (0, 64), 8, bias=True)

@@ -12,7 +12,7 @@ import torch
 
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
 from ftops.ops.gated_activation import GLU
-from ftops.ops.linear import check_beside_weight, columns, followed, library, with_gate
+from ftops.ops.linear import after_norm, check_beside_weight, columns, followed, library, with_gate
 from ftops.ops.linear import reference as linear_reference
 from ftops.packing import PIECE_K, dequantise_4bit, described, pack_4bit, pack_groups, tiles_of
 from ftops.samples import randn
@@ -21,10 +21,9 @@ GROUP_SIZES = (32, 64, 128)
 MAX_ROWS = 64  # of x that the kernel for few is for; on Hopper that for many takes them earlier
 
 
-def reference(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None,
-              activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
+def reference(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return linear_reference(x, dequantise_4bit(packed, scales, features, x.shape[-1], wide), bias, activation, residual).to(x.dtype)
+    return linear_reference(x, dequantise_4bit(packed, scales, features, x.shape[-1], wide), *rest).to(x.dtype)
 
 
 def _library(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
@@ -59,27 +58,29 @@ def _cuda() -> Callable[..., Any]:
         if activation in GLU:
             return followed(hopper.launch_w4a16(x, packed, scales, features, bias, None, None), None, activation, residual)
         return hopper.launch_w4a16(x, packed, scales, features, bias, activation, residual)
-    return linear
+    return after_norm(linear)
 
 
 def _fake(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
-          residual: torch.Tensor | None) -> torch.Tensor:
+          *rest: Any) -> torch.Tensor:
     return torch.empty((*x.shape[:-1], columns(features, activation)), dtype=x.dtype, device=x.device)
 
 
 LINEAR_W4A16 = register("linear_w4a16(Tensor x, Tensor packed, Tensor scales, int features, Tensor? bias, str? activation, "
-                        "Tensor? residual) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake)
+                        "Tensor? residual, Tensor? norm, float eps) -> Tensor", cpu=after_norm(_cpu), cuda=_cuda, fake=_fake)
 _linear_w4a16 = straight(LINEAR_W4A16)
 
 
 def linear_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None = None, *,
-                 activation: str | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+                 activation: str | None = None, residual: torch.Tensor | None = None, norm: torch.Tensor | None = None,
+                 eps: float = 1e-6) -> torch.Tensor:
     """act(x W^T + bias) + residual for x[..., K] and W of `shape` (N, K) in four bits; the result [..., N] is contiguous.
 
     packed: int32 [tiles, pieces, 32, 4]; scales [tiles, groups, 8, 4], or [tiles, groups, 8, 4, 2] with zero points, of x's dtype
-    (float32, float16, bfloat16); groups of 32, 64 or 128 values of k. Sums in float32. Raises ValueError.
+    (float32, float16, bfloat16); groups of 32, 64 or 128 values of k. Sums in float32. norm[K]: x is first
+    `ops.rms_norm(x, norm, eps)`. Raises ValueError.
     """
-    check_tensors("linear_w4a16", x=x, scales=scales, bias=bias, residual=residual)
+    check_tensors("linear_w4a16", x=x, scales=scales, bias=bias, residual=residual, norm=norm)
     check_beside("linear_w4a16", x.device, packed=packed)
     N, K = shape
     tiles, pieces = tiles_of(N), packed.shape[1] if packed.dim() == 4 else 0
@@ -91,13 +92,13 @@ def linear_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, sh
                       f"groups of 32, 64 or 128 values of k, as many as K = {K} needs")
     if scales.shape not in ((tiles, scales.shape[1], 8, 4), (tiles, scales.shape[1], 8, 4, 2)) or not scales.is_contiguous():
         raise invalid("linear_w4a16", "scales", described(scales), f"contiguous [{tiles}, groups, 8, 4] or [{tiles}, groups, 8, 4, 2]")
-    check_beside_weight("linear_w4a16", x, N, K, bias, activation, residual)
-    return _linear_w4a16(x, packed, scales, N, bias, activation, residual)
+    check_beside_weight("linear_w4a16", x, N, K, bias, activation, residual, norm)
+    return _linear_w4a16(x, packed, scales, N, bias, activation, residual, norm, eps)
 
 
 def cases() -> Iterator[Case]:
     def case(name: str, shape: tuple[int, ...], N: int, group_size: int = 128, zeros: bool = False, bias: bool = False,
-             activation: str | None = None, residual: bool = False) -> Case:
+             activation: str | None = None, residual: bool = False, norm: bool = False) -> Case:
         def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
             K = shape[-1]
             q = torch.randint(16, (N, K), dtype=torch.uint8)
@@ -106,7 +107,8 @@ def cases() -> Iterator[Case]:
                 scales = torch.stack((scales, torch.randint(16, scales.shape)), -1)
             weight = pack_4bit(q, group_size).to(device), pack_groups(scales).to(device, dtype), (N, K)
             return (randn(shape, device, dtype), *weight, randn((N,), device, dtype) if bias else None), {
-                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None}
+                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None,
+                "norm": randn((K,), device, dtype) if norm else None}
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)
@@ -122,6 +124,9 @@ def cases() -> Iterator[Case]:
     yield case("gated_tiles", (1, 1, 4096), 320, activation="swiglu")
     yield case("gated_everything", (9, 328), 192, 64, zeros=True, bias=True, activation="geglu", residual=True)
     yield case("gated_many", (70, 256), 64, activation="geglu")
+    yield case("norm", (3, 1, 1000), 96, bias=True, norm=True)
+    yield case("norm_gated", (16, 768), 96, activation="swiglu", norm=True)
+    yield case("norm_many", (70, 256), 64, residual=True, norm=True)
     yield case("empty", (0, 64), 8, 64, bias=True)
     yield Case("columns", lambda device, dtype: (
         (randn((4, 512), device, dtype)[:, 124:380], pack_4bit(torch.randint(16, (48, 256), dtype=torch.uint8), 128).to(device),

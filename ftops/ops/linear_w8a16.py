@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
-from ftops.ops.linear import check_beside_weight, columns, fake, followed, library, make_few_rows, make_many_rows
+from ftops.ops.linear import after_norm, check_beside_weight, columns, fake, followed, library, make_few_rows, make_many_rows
 from ftops.ops.linear import reference as linear_reference
 from ftops.packing import described
 from ftops.samples import randn
@@ -25,10 +25,9 @@ def dequantise(values: torch.Tensor, scales: torch.Tensor, columns: int, dtype: 
     return torch.mul(values[:, :columns], scales.unsqueeze(-1), out=out)
 
 
-def reference(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
-              residual: torch.Tensor | None) -> torch.Tensor:
+def reference(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return linear_reference(x, dequantise(values, scales, x.shape[-1], wide), bias, activation, residual).to(x.dtype)
+    return linear_reference(x, dequantise(values, scales, x.shape[-1], wide), *rest).to(x.dtype)
 
 
 def _library(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -63,22 +62,25 @@ def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
     few_rows, many_rows = make_few_rows(), make_many_rows()
 
-    def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if serves(x, values, left_to_others("int8", MAX_ROWS, x.device.index)):
-            return few_rows(x, values, scales, *rest)
+    def many(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
         return (many_rows if serves_many(x, values) else _library)(x, values, scales, *rest)
+    others = after_norm(many)
+
+    def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
+        few = serves(x, values, left_to_others("int8", MAX_ROWS, x.device.index))
+        return (few_rows if few else others)(x, values, scales, *rest)
     return linear
 
 
-LINEAR_W8A16 = register("linear_w8a16(Tensor x, Tensor values, Tensor scales, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
-                        cpu=_cpu, cuda=_cuda, fake=fake)
+LINEAR_W8A16 = register("linear_w8a16(Tensor x, Tensor values, Tensor scales, Tensor? bias, str? activation, Tensor? residual, "
+                        "Tensor? norm, float eps) -> Tensor", cpu=after_norm(_cpu), cuda=_cuda, fake=fake)
 _linear_w8a16 = straight(LINEAR_W8A16)
 
 
 def check_8bit(op: str, kind: torch.dtype, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
-               activation: str | None, residual: torch.Tensor | None) -> None:
+               activation: str | None, residual: torch.Tensor | None, norm: torch.Tensor | None) -> None:
     """What a linear op is given whose weights are values[N, K] of `kind`, one scale a row."""
-    check_tensors(op, x=x, bias=bias, residual=residual)
+    check_tensors(op, x=x, bias=bias, residual=residual, norm=norm)
     check_beside(op, x.device, values=values, scales=scales)
     if values.dtype is not kind or values.dim() != 2:
         raise invalid(op, "values", described(values), f"{str(kind).removeprefix('torch.')} [N, K]")
@@ -86,30 +88,32 @@ def check_8bit(op: str, kind: torch.dtype, x: torch.Tensor, values: torch.Tensor
     if scales.dtype is not torch.float32 or scales.shape != (N,) or not scales.is_contiguous():
         raise invalid(op, "scales", described(scales), f"contiguous float32 ({N},)")
     K = x.shape[-1] if x.dim() else 0
-    check_beside_weight(op, x, N, K if 0 <= width - K < 16 else width, bias, activation, residual)
+    check_beside_weight(op, x, N, K if 0 <= width - K < 16 else width, bias, activation, residual, norm)
 
 
 def linear_w8a16(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None, *,
-                 activation: str | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+                 activation: str | None = None, residual: torch.Tensor | None = None, norm: torch.Tensor | None = None,
+                 eps: float = 1e-6) -> torch.Tensor:
     """act(x W^T + bias) + residual for x[..., K] and W = values[N, K] * scales[N]; the result [..., N] is contiguous.
 
     values: int8; scales: float32; x, bias and residual of one dtype (float32, float16, bfloat16; sums in float32). values may have
     more columns than x, to the next multiple of 16, which are zeros: the kernel for few rows of x takes whole accesses alone.
-    Raises ValueError.
+    norm[K]: x is first `ops.rms_norm(x, norm, eps)`, as in `linear`. Raises ValueError.
     """
-    check_8bit("linear_w8a16", torch.int8, x, values, scales, bias, activation, residual)
-    return _linear_w8a16(x, values, scales, bias, activation, residual)
+    check_8bit("linear_w8a16", torch.int8, x, values, scales, bias, activation, residual, norm)
+    return _linear_w8a16(x, values, scales, bias, activation, residual, norm, eps)
 
 
 def cases() -> Iterator[Case]:
     def case(name: str, shape: tuple[int, ...], N: int, bias: bool = False, activation: str | None = None,
-             residual: bool = False) -> Case:
+             residual: bool = False, norm: bool = False) -> Case:
         def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
             K = shape[-1]
             values = torch.nn.functional.pad(torch.randint(-128, 128, (N, K), dtype=torch.int8), (0, -K % 16))
             scales = (torch.rand(N) + 0.5) / (100 * K ** 0.5)
             return (randn(shape, device, dtype), values.to(device), scales.to(device), randn((N,), device, dtype) if bias else None), {
-                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None}
+                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None,
+                "norm": randn((K,), device, dtype) if norm else None}
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)
@@ -121,4 +125,7 @@ def cases() -> Iterator[Case]:
     yield case("row_odd", (1, 111), 7, bias=True, activation="relu")
     yield case("gated", (2, 1, 768), 96, bias=True, activation="swiglu", residual=True)
     yield case("gated_many", (70, 256), 64, activation="geglu")
+    yield case("norm", (3, 1, 1000), 96, bias=True, norm=True)
+    yield case("norm_gated", (16, 768), 96, activation="swiglu", norm=True)
+    yield case("norm_many", (70, 256), 64, residual=True, norm=True)
     yield case("empty", (0, 64), 8, bias=True)

@@ -13,9 +13,10 @@ import torch
 
 from ftops.op import Case, check_beside, invalid, register, straight
 from ftops.ops.gated_activation import GLU
-from ftops.ops.linear import columns, fake, followed, make_narrow
+from ftops.ops.linear import after_norm, columns, fake, followed, make_narrow, normed
 from ftops.ops.linear_w8a16 import LINEAR_W8A16, MAX_ROWS, check_8bit
 from ftops.ops.linear_w8a16 import reference as w8a16_reference
+from ftops.ops.rms_norm import reference as rms_reference
 from ftops.packing import described
 from ftops.samples import randn
 
@@ -25,14 +26,18 @@ def smoothed(x: torch.Tensor, smooth: torch.Tensor | None) -> torch.Tensor:
     return x if smooth is None else (x / smooth).to(x.dtype)
 
 
-def reference(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, bias: torch.Tensor | None,
-              activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return w8a16_reference(smoothed(x.to(wide), smooth), values, scales, bias, activation, residual).to(x.dtype)
+def reference(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, *given: Any) -> torch.Tensor:
+    wide, (*rest, norm, eps) = torch.promote_types(x.dtype, torch.float32), given
+    n = x.to(wide) if norm is None else rms_reference(x.to(wide), norm, eps, 0.0)
+    return w8a16_reference(smoothed(n, smooth), values, scales, *rest, None, eps).to(x.dtype)
 
 
-def _cpu(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, *rest: Any) -> torch.Tensor:
-    return LINEAR_W8A16(smoothed(x, smooth), values, scales, *rest)
+def _w8a16(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, *given: Any) -> torch.Tensor:
+    """With a norm in the same pass where nothing lies between."""
+    if smooth is None:
+        return LINEAR_W8A16(x, values, scales, *given)
+    *rest, norm, eps = given
+    return LINEAR_W8A16(smoothed(normed(x, norm, eps), smooth), values, scales, *rest, None, eps)
 
 
 KERNEL = "linear"  # its file serves this op too
@@ -43,15 +48,18 @@ def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
     narrow, narrow_library = make_narrow(torch.int8), make_narrow_library()
 
-    def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+    def many(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, *rest: Any) -> torch.Tensor:
         N, width = values.shape
-        if x.numel() <= MAX_ROWS * x.shape[-1] or x.dtype is torch.float32:
-            return LINEAR_W8A16(smoothed(x, smooth), values, scales, *rest)
         if serves_many(x, values, narrow=True):
             return narrow(x, smooth, values, scales, *rest)
         if (N | width) % 16 or not values.is_contiguous():
-            return LINEAR_W8A16(smoothed(x, smooth), values, scales, *rest)
+            return LINEAR_W8A16(smoothed(x, smooth), values, scales, *rest, None, 0.0)
         return narrow_library(x, smooth, values, scales, *rest)
+    others = after_norm(many)
+
+    def linear(x: torch.Tensor, *given: Any) -> torch.Tensor:
+        few = x.numel() <= MAX_ROWS * x.shape[-1] or x.dtype is torch.float32
+        return (_w8a16 if few else others)(x, *given)
     return linear
 
 
@@ -71,36 +79,38 @@ def make_narrow_library() -> Callable[..., torch.Tensor]:
 
 
 LINEAR_W8A8 = register("linear_w8a8(Tensor x, Tensor values, Tensor scales, Tensor? smooth, Tensor? bias, str? activation, "
-                       "Tensor? residual) -> Tensor", cpu=_cpu, cuda=_cuda, fake=fake)
+                       "Tensor? residual, Tensor? norm, float eps) -> Tensor", cpu=_w8a16, cuda=_cuda, fake=fake)
 _linear_w8a8 = straight(LINEAR_W8A8)
 
 
 def linear_w8a8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None = None,
-                bias: torch.Tensor | None = None, *, activation: str | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+                bias: torch.Tensor | None = None, *, activation: str | None = None, residual: torch.Tensor | None = None,
+                norm: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
     """act((x / smooth) W^T + bias) + residual for x[..., K], W = values[N, K] * scales[N] and smooth[K]; the result is contiguous.
 
     values: int8; scales, smooth: float32; x, bias and residual of one dtype (float32, float16, bfloat16). values may have more columns
     than x, to the next multiple of 16, which are zeros. On a GPU more than 64 rows of x, in 16 bits, are rounded to int8, one scale a
-    row, if N is a multiple of 16. Raises ValueError.
+    row, if N is a multiple of 16. norm[K]: x is first `ops.rms_norm(x, norm, eps)`, as in `linear`. Raises ValueError.
     """
-    check_8bit("linear_w8a8", torch.int8, x, values, scales, bias, activation, residual)
+    check_8bit("linear_w8a8", torch.int8, x, values, scales, bias, activation, residual, norm)
     check_beside("linear_w8a8", x.device, smooth=smooth)
     K = x.shape[-1]
     if smooth is not None and (smooth.dtype is not torch.float32 or smooth.shape != (K,) or not smooth.is_contiguous()):
         raise invalid("linear_w8a8", "smooth", described(smooth), f"contiguous float32 ({K},)")
-    return _linear_w8a8(x, values, scales, smooth, bias, activation, residual)
+    return _linear_w8a8(x, values, scales, smooth, bias, activation, residual, norm, eps)
 
 
 def cases() -> Iterator[Case]:
     def case(name: str, shape: tuple[int, ...], N: int, smooth: bool = False, bias: bool = False, activation: str | None = None,
-             residual: bool = False) -> Case:
+             residual: bool = False, norm: bool = False) -> Case:
         def make(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
             K = shape[-1]
             values = torch.nn.functional.pad(torch.randint(-127, 128, (N, K), dtype=torch.int8), (0, -K % 16)).to(device)
             scales, smoothing = (torch.rand(N) + 0.5) / (100 * K ** 0.5), torch.rand(K) + 0.5
             return (randn(shape, device, dtype), values, scales.to(device), smoothing.to(device) if smooth else None,
                     randn((N,), device, dtype) if bias else None), {
-                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None}
+                "activation": activation, "residual": randn((*shape[:-1], columns(N, activation)), device, dtype) if residual else None,
+                "norm": randn((K,), device, dtype) if norm else None}
         return Case(name, make)
 
     yield case("row", (1, 1, 4096), 96)
@@ -110,4 +120,8 @@ def cases() -> Iterator[Case]:
     yield case("many_odd", (80, 111), 33, smooth=True, bias=True, activation="relu")
     yield case("gated", (2, 1, 768), 96, bias=True, activation="swiglu", residual=True)
     yield case("gated_many", (70, 256), 64, activation="geglu")
+    yield case("norm", (3, 1, 1000), 96, bias=True, norm=True)
+    yield case("norm_gated", (16, 768), 96, activation="swiglu", norm=True)
+    yield case("norm_smooth", (3, 256), 64, smooth=True, norm=True)
+    yield case("norm_many", (70, 256), 64, residual=True, norm=True)
     yield case("empty", (0, 64), 8, bias=True)

@@ -40,10 +40,10 @@ def dequantize(qw: QuantizedWeight) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, qw: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None,
-           residual: torch.Tensor | None = None) -> torch.Tensor:
-    """act(x W^T + bias) + residual, as ops.linear."""
+           residual: torch.Tensor | None = None, norm: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+    """act(x W^T + bias) + residual, as ops.linear; also of x's RMS norm."""
     check_format("fp8", qw)
-    return linear_fp8(x, qw.tensors["values"], qw.tensors["scales"], bias, activation=activation, residual=residual)
+    return linear_fp8(x, qw.tensors["values"], qw.tensors["scales"], bias, activation=activation, residual=residual, norm=norm, eps=eps)
 
 
 def shard(qw: QuantizedWeight, dim: int, index: int, count: int) -> QuantizedWeight:

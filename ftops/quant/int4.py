@@ -59,10 +59,11 @@ def dequantize(qw: QuantizedWeight) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, qw: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None,
-           residual: torch.Tensor | None = None) -> torch.Tensor:
-    """act(x W^T + bias) + residual, as ops.linear."""
+           residual: torch.Tensor | None = None, norm: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+    """act(x W^T + bias) + residual, as ops.linear; also of x's RMS norm."""
     check_format("int4", qw)
-    return linear_w4a16(x, qw.tensors["packed"], qw.tensors["scales"], qw.shape, bias, activation=activation, residual=residual)
+    return linear_w4a16(x, qw.tensors["packed"], qw.tensors["scales"], qw.shape, bias, activation=activation, residual=residual,
+                        norm=norm, eps=eps)
 
 
 def shard(qw: QuantizedWeight, dim: int, index: int, count: int) -> QuantizedWeight:

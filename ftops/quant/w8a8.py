@@ -54,11 +54,11 @@ def dequantize(qw: QuantizedWeight) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, qw: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None,
-           residual: torch.Tensor | None = None) -> torch.Tensor:
-    """act(x W^T + bias) + residual, as ops.linear."""
+           residual: torch.Tensor | None = None, norm: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+    """act(x W^T + bias) + residual, as ops.linear; also of x's RMS norm."""
     check_format("w8a8", qw)
     return linear_w8a8(x, qw.tensors["values"], qw.tensors["scales"], qw.tensors.get("smooth"), bias, activation=activation,
-                       residual=residual)
+                       residual=residual, norm=norm, eps=eps)
 
 
 def shard(qw: QuantizedWeight, dim: int, index: int, count: int) -> QuantizedWeight:

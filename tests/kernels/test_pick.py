@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -59,6 +60,8 @@ def picked(name: str) -> Iterator[Spec]:
         yield from (rotary.spec(rotary.pick(dtype, vec, interleaved)) for dtype, _, vec in rows() for interleaved in (False, True))
     elif name == "linear":
         yield from (linear.spec(linear.pick(kind, dtype, rows)) for kind in linear.BATCHES for dtype in HALVES for rows in range(1, 100))
+        yield from (linear.spec(replace(linear.pick(kind, "bfloat16", rows), normed=True)) for kind in linear.BATCHES
+                    for rows in range(1, linear.NORM_ROWS + 1))
     elif name == "linear_sm90":
         yield from (linear_sm90.spec(linear_sm90_config.pick(kind, dtype, rows, features, depth, multiprocessors).config)
                     for kind in linear_sm90_config.COLUMNS for dtype in HALVES for rows in (17, 32, 64, 65, 128, 256, 257, 1024, 2048, 8192)
@@ -140,3 +143,12 @@ def test_blocks_cover_the_rows():
 def test_widest_access():
     assert widest(2, 0) == 8 and widest(4, 32) == 4 and widest(2, 16) == 8
     assert widest(2, 18) == widest(2, 8) == widest(4, 4) == 1
+
+
+@pytest.mark.parametrize("most", [99 * 1024, 163 * 1024, 227 * 1024])
+def test_a_norm_fits_wherever_its_linear_fits(most):
+    """`ftops tune` measures without a norm: what wins must not fail to launch with one."""
+    for kind in linear.BATCHES:
+        for rows in (1, 8, 9, linear.NORM_ROWS):
+            for config in linear.candidates(kind, "bfloat16", rows).values():
+                assert config.shared_bytes > most or replace(config, normed=True).shared_bytes <= most

@@ -72,8 +72,8 @@ def bias_activation(x, bias, kind):
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu", "quick_geglu": "quick_gelu"}
 
 
-def linear(x, weight, bias=None, *, activation=None, residual=None):
-    y = x @ weight.T
+def linear(x, weight, bias=None, *, activation=None, residual=None, norm=None, eps=1e-6):
+    y = (x if norm is None else rms_norm(x, norm, eps)) @ weight.T
     y = y if bias is None else y + bias
     if activation in GATED:
         y = gated_activation(y, GATED[activation])
@@ -99,13 +99,20 @@ def linear_w8a16(x, values, scales, bias=None, **options):
 
 
 def linear_fp8(x, values, scales, bias=None, **options):
+    x, options = _normed(x, **options)
     weight = (values[:, :x.shape[-1]].double() * scales.double()[:, None]).to(x.dtype)
     return linear(_in_eight_bits(x, 448, lambda x: x.to(torch.float8_e4m3fn).float()), weight, bias, **options)
 
 
 def linear_w8a8(x, values, scales, smooth=None, bias=None, **options):
+    x, options = _normed(x, **options)
     x = x if smooth is None else (x / smooth).to(x.dtype)
     return linear_w8a16(_in_eight_bits(x, 127, torch.round), values, scales, bias, **options)
+
+
+def _normed(x, norm=None, eps=1e-6, **options):
+    """What is rounded to eight bits, and the other options."""
+    return (x if norm is None else rms_norm(x, norm, eps)), options
 
 
 def _in_eight_bits(x, largest, rounded):
