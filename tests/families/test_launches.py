@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ftops
+from ftops import block
 from ftops.integrations.transformers.decoder import CausalDecoder
 from ftops.integrations.transformers.layer import FusedLayer
 from tests.families.tiny import prompt, tiny
@@ -78,7 +79,29 @@ def test_operators_of_a_layer(family, quant, monkeypatch):
     """norm, QKV, rotary with norms and the write to the cache, attention, output, norm with the sum, gate and up with activation, down."""
     for names in of_each_layer(ftops.patch(tiny(family), quant=quant), operators, 16, monkeypatch):
         assert all(name.startswith("ftops::") for name in names), names
-        assert 7 <= len(names) <= MOST, names
+        assert 6 <= len(names) <= MOST, names
+
+
+NORMED = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("quant", [None, "int8", "int4"])
+@pytest.mark.parametrize("family", NORMED)
+@torch.inference_mode()
+def test_operators_of_a_layer_whose_norms_are_within_linears(family, quant, monkeypatch):
+    """norm and QKV, rotary and the write to the cache, attention, output with the sum, norm and gate and up, down with the sum."""
+    monkeypatch.setattr(block, "NORMED_ROWS", 16)
+    for names in of_each_layer(ftops.patch(tiny(family), quant=quant), operators, 16, monkeypatch):
+        assert all(name.startswith("ftops::") for name in names) and len(names) == 6, names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", [None, "int8"])
+@torch.inference_mode()
+def test_launches_of_a_layer_whose_norms_are_within_linears(quant, monkeypatch):
+    monkeypatch.setattr(block, "NORMED_ROWS", 16)
+    for names in of_each_layer(ftops.patch(tiny("llama", "cuda", torch.bfloat16), quant=quant), launches, 512, monkeypatch):
+        assert len(names) == 6, names
 
 
 @pytest.mark.gpu
@@ -87,4 +110,4 @@ def test_operators_of_a_layer(family, quant, monkeypatch):
 def test_launches_of_a_layer(family, monkeypatch):
     """In a cache so long that attention splits the keys over several blocks, whose results meet in the same launch."""
     for names in of_each_layer(ftops.patch(tiny(family, "cuda", torch.bfloat16)), launches, 512, monkeypatch):
-        assert 7 <= len(names) <= MOST, names
+        assert 6 <= len(names) <= MOST, names

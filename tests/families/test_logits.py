@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import ftops
+from ftops import block
 from ftops.integrations.transformers.archs import ARCHS
 from tests.accuracy import assert_accurate
 from tests.families.places import ANYWHERE, EVERYWHERE, in_turn
@@ -49,6 +50,15 @@ def test_prompt(family, padding, device, dtype):
 @pytest.mark.parametrize("family", ARCHS)
 def test_prompt_without_mask_or_cache(family, device, dtype):
     ids = prompt(length=20)[0].to(device)
+    check(family, device, dtype, lambda model: model(ids, use_cache=False).logits)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_norms_within_linears(family, device, dtype, monkeypatch):
+    """Of few rows, in the pass of the linear behind."""
+    monkeypatch.setattr(block, "NORMED_ROWS", 16)
+    ids = prompt(length=8)[0].to(device)
     check(family, device, dtype, lambda model: model(ids, use_cache=False).logits)
 
 

@@ -130,7 +130,8 @@ def test_norm_of_every_length(oracle, dtype):
 
 RACES = [(name, which) for name, cases in {
     "rms_norm": ("llama", "residual", "long"), "layer_norm": ("row", "residual", "long"),
-    "linear": ("row", "everything", "norm_everything"), "linear_w4a16": ("row", "zeros", "two_batches"), "linear_w8a16": ("row", "two_batches"),
+    "linear": ("row", "everything", "norm_everything"), "linear_w4a16": ("row", "zeros", "two_batches"),
+    "linear_w8a16": ("row", "two_batches", "norm_gated"),
     "attention": ("d64", "d128", "d256", "gqa", "window_both", "bias_row", "everything", "long"),
     "attention_varlen": ("causal", "d128", "many"),
     "decode_attention": ("d128", "long", "most_new", "paged", "paged_fp8", "wide_group"),
