@@ -26,9 +26,9 @@ LOWEST = np.float32(-3e38)
 LOOSE = ptx.half_constant({"float16": 2.0 ** 15, "bfloat16": 2.0 ** 60})
 # A number of e4m3 is nearly its own logarithm: its bits, as an integer, are 8 * (log2 + 7) with the line 1 + f for the curve 2 ** f. So
 # many times the smallest float16 have the same bits.
-# A base is set so that the highest P is 2 ** this. For e4m3 it lies between the 448 that P may grow to and 2 ** -6, below which bits are
-# lost; and where the line is above the curve by as much as it is on average, or the highest P would have 4 % less than its share.
-HIGHEST_P = {"16-bit": np.float32(0), NARROW: np.float32(3.75)}
+# A base is set so that the highest P is 2 ** this. For e4m3: 3 octaves below the 448 that it may grow to, 12 above 2 ** -6, below which
+# bits are lost; and where the line is above the curve by as much as it is on average, or the highest P would have 4 % less than its share.
+HIGHEST_P = {"16-bit": np.float32(0), NARROW: np.float32(5.75)}
 CODES_OCTAVE, CODE_OF_ONE, LAST_CODE = np.float32(8 * 2.0 ** -24), np.float32(56 * 2.0 ** -24), 126
 
 
