@@ -24,7 +24,19 @@ from ftops.numba_kernels import ptx, tuned
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.linear_dequantise import make_rows
-from ftops.numba_kernels.linear_tile import STAGE_K, X_ROW_BYTES, added, aligned_x, form_of, kind_of, make_finish, make_norm, make_x, spread
+from ftops.numba_kernels.linear_tile import (
+    STAGE_K,
+    X_ROW_BYTES,
+    added,
+    aligned_x,
+    form_of,
+    kind_of,
+    make_finish,
+    make_norm,
+    make_x,
+    norm_address,
+    spread,
+)
 from ftops.numba_kernels.rows import DTYPE_NAME
 
 TILE_ROWS = 16  # of W a block takes at a time
@@ -39,7 +51,7 @@ TUNED = (4, 2), (4, 3), (4, 4), (8, 2), (2, 4)  # warps and stages that `ftops t
 @dataclass(frozen=True)
 class Config:
     """kind of W: 16-bit, int8 or e4m3; dtype of x; batch: rows of x a block; warps of a block, stages of a warp's ring;
-    normed: with an RMS norm of x, bfloat16 alone, since x times the norm's weight may pass float16's range where the norm does not."""
+    normed: with an RMS norm of x, in bfloat16 alone (see `normalises`)."""
 
     kind: str
     dtype: str
@@ -86,11 +98,6 @@ def pick(kind: str, dtype: str, rows: int) -> Config:
     """
     batch = next((batch for batch in BATCHES[kind] if batch >= rows), BATCHES[kind][-1])
     return Config(kind, dtype, batch, stages=3 if kind != "16-bit" and batch <= 16 else 2)
-
-
-def norms(x: torch.Tensor) -> bool:
-    """Whether the kernel normalises x[..., K] itself."""
-    return x.dtype is torch.bfloat16 and x.numel() <= NORM_ROWS * x.shape[-1]
 
 
 def candidates(kind: str, dtype: str, rows: int) -> dict[str, Config]:
@@ -318,15 +325,13 @@ def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, b
            residual: torch.Tensor | None, gated: bool = False, config: Config | None = None, norm: torch.Tensor | None = None,
            eps: float = 0.0) -> torch.Tensor:
     """weight[N, width], width K or, in 8 bits, more: zeros to whole accesses; then scales[N], float32. gated: N a multiple of 16.
-    config: in place of what is picked. norm: x is first normalised by its root mean square and multiplied by norm[K], where `norms`."""
+    config: in place of what is picked. norm: x is first normalised by its root mean square, where `normalises`, and multiplied by norm[K].
+    """
     (N, width), rows, over_length = weight.shape, x.numel() // x.shape[-1], 1 / x.shape[-1]
     half = N // 2 if gated else 0
     out = x.new_empty((*x.shape[:-1], half or N))
     x, x_stride, K = aligned_x(x, rows)
-    norm_at, scale_at = 0, 0 if scales is None else scales.data_ptr()
-    if norm is not None:
-        norm = aligned_x(norm, 1)[0]
-        norm_at = norm.data_ptr()
+    scale_at, (norm_at, _norm) = 0 if scales is None else scales.data_ptr(), norm_address(norm)
     bias_at, residual_at, residual_stride, _held = added(bias, residual)
     kernel, blocks_x, blocks = _kernel(kind_of(weight.dtype), x.dtype, rows, N, width, x.device.index, config,
                                        norm is not None)

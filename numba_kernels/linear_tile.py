@@ -37,6 +37,20 @@ def form_of(activation: str | None) -> tuple[int, float, float]:
     return NO_FORM if activation is None else FORMS[activation]
 
 
+def normalises(x: torch.Tensor, most: int) -> bool:
+    """Whether a kernel that takes an RMS norm of up to `most` rows normalises x[..., K] itself. In bfloat16: x times the norm's weight may
+    pass float16's range where the norm does not."""
+    return x.dtype is torch.bfloat16 and x.numel() <= most * x.shape[-1]
+
+
+def norm_address(norm: torch.Tensor | None) -> tuple[int, torch.Tensor | None]:
+    """Of the norm's weight [K], in whole accesses; 0 where there is none. Then a tensor to hold until the launch."""
+    if norm is None:
+        return 0, None
+    norm = aligned_x(norm, 1)[0]
+    return norm.data_ptr(), norm
+
+
 def added(bias: torch.Tensor | None, residual: torch.Tensor | None) -> tuple[int, int, int, tuple[torch.Tensor | None, ...]]:
     """Addresses of bias and residual and elements between the latter's rows, 0 where there is none; tensors to hold until the launch."""
     bias_at = residual_at = stride = 0

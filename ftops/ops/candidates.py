@@ -5,6 +5,7 @@ Each takes x[rows, K] and the weight's tensors as the op does. The first is what
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,9 @@ def _without_smooth(narrow: Run, x: torch.Tensor, values: torch.Tensor, scales: 
 
 
 def _fitting(candidates: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Those whose shared memory a block can have; 99 KiB on some GPUs, 227 on others."""
+    """Those of a kernel for few rows whose shared memory a block can have, with a norm too; 99 KiB on some GPUs, 227 on others."""
     most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return {name: config for name, config in candidates.items() if config.shared_bytes <= most}
+    return {name: config for name, config in candidates.items() if replace(config, normed=True).shared_bytes <= most}
 
 
 def _on_hopper(kind: str, x: torch.Tensor, N: int, K: int) -> dict[str, Any]:

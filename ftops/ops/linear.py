@@ -82,15 +82,21 @@ def _cuda() -> Callable[..., Any]:
 
 def make_few_rows() -> Callable[..., torch.Tensor]:
     """few_rows(x, weight, scales, bias, activation, residual, norm, eps): by the kernel that reads weights of 16 or 8 bits once."""
-    from ftops.numba_kernels.linear import GATED_ROWS, launch, norms
-    run = with_gate(launch, GATED_ROWS)
+    from ftops.numba_kernels.linear import GATED_ROWS, NORM_ROWS, launch
+    run = with_norm(with_gate(launch, GATED_ROWS), NORM_ROWS)
+    return lambda x, weight, *rest: run(weight.shape[0], x, weight, *rest)
 
-    def few_rows(x: torch.Tensor, weight: torch.Tensor, *given: Any) -> torch.Tensor:
+
+def with_norm(run: Callable[..., torch.Tensor], most: int) -> Callable[..., torch.Tensor]:
+    """run(N, x, ..., norm, eps) of a kernel that knows a norm of up to `most` rows; else it is a launch before."""
+    from ftops.numba_kernels.linear_tile import normalises
+
+    def call(N: int, x: torch.Tensor, *given: Any) -> torch.Tensor:
         *rest, norm, eps = given
-        if norm is None or not norms(x):
-            return run(weight.shape[0], normed(x, norm, eps), weight, *rest)
-        return run(weight.shape[0], x, weight, *rest, norm=norm, eps=eps)
-    return few_rows
+        if norm is None or not normalises(x, most):
+            return run(N, normed(x, norm, eps), *rest)
+        return run(N, x, *rest, norm=norm, eps=eps)
+    return call
 
 
 def make_many_rows() -> Callable[..., torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from ftops.op import Case, check_beside, check_tensors, invalid, register, straight
 from ftops.ops.gated_activation import GLU
-from ftops.ops.linear import after_norm, check_beside_weight, columns, followed, library, with_gate
+from ftops.ops.linear import after_norm, check_beside_weight, columns, followed, library, with_gate, with_norm
 from ftops.ops.linear import reference as linear_reference
 from ftops.packing import PIECE_K, dequantise_4bit, described, pack_4bit, pack_groups, tiles_of
 from ftops.samples import randn
@@ -45,20 +45,25 @@ def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels import linear_sm90_launch as hopper
     from ftops.numba_kernels import linear_w4a16 as few
     from ftops.numba_kernels.dequantise import launch as dequantise
-    few_rows = with_gate(few.launch, few.GATED_ROWS)
+    few_rows = with_norm(with_gate(few.launch, few.GATED_ROWS), few.NORM_ROWS)
 
-    def linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
+    def many(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
         if x.dtype is torch.float32:
             return _library(x, packed, scales, features, *rest)
-        if few.serves(x, packed, scales, features, hopper.left_to_others("int4", MAX_ROWS, x.device.index)):
-            return few_rows(features, x, packed, scales, features, *rest)
         bias, activation, residual = rest
         if not hopper.serves_w4a16(x, packed, scales, features):
             return library(x, dequantise(packed, scales, features, x.shape[-1]), bias, activation, residual)
         if activation in GLU:
             return followed(hopper.launch_w4a16(x, packed, scales, features, bias, None, None), None, activation, residual)
         return hopper.launch_w4a16(x, packed, scales, features, bias, activation, residual)
-    return after_norm(linear)
+    others = after_norm(many)
+
+    def linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, *rest: Any) -> torch.Tensor:
+        most = hopper.left_to_others("int4", MAX_ROWS, x.device.index)
+        if x.dtype is not torch.float32 and few.serves(x, packed, scales, features, most):
+            return few_rows(features, x, packed, scales, features, *rest)
+        return others(x, packed, scales, features, *rest)
+    return linear
 
 
 def _fake(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, features: int, bias: torch.Tensor | None, activation: str | None,
