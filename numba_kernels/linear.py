@@ -114,7 +114,7 @@ def make(config: Config) -> Callable:
     rows_at_once, pieces, step_shift = 32 // lanes_a_row, row_bytes // PIECE_BYTES, step_k.bit_length() - 1
     x_offset, sums_offset, last_sh, normed = config.x_offset, config.sums_offset, last_stage * stage_bytes, config.normed
     n_acc, n_x, n_x_at, second = 8 * batch_tiles, x_words * batch_tiles, 2 * batch_tiles, 4 * batch_tiles
-    n_squares, norm_offset, sums_bytes = 4 * batch_tiles if normed else 1, config.norm_offset, config.sums_bytes
+    n_squares, norm_offset, sums_bytes = 8 * batch_tiles if normed else 1, config.norm_offset, config.sums_bytes
     mma, wait_for_oldest, zero, start = ptx.MMA[config.dtype], ptx.CP_ASYNC_WAIT[last_stage], np.float32(0), np.int32(0)
     scaled, products, unit = item == 1, x_words // 2, 64 if item == 2 else 16  # of x: bytes between a lane's accesses
     fragment, (copy_x, place_x) = make_rows(config.kind, config.dtype), make_x(batch, unit)

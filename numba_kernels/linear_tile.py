@@ -115,19 +115,23 @@ def make_norm(dtype: str, batch: int, words: int, tile_rows: int) -> tuple[Calla
     """(square, weigh, keep_squares) of an RMS norm of x: what is multiplied is x times the norm's weight, rounded, and `finish` multiplies
     the sums of a row by 1 / sqrt(mean(x^2) + eps). For up to 16 rows of x.
 
-    square(s, x, squares): product s of x's fragments, `words` for each 8 rows, with themselves. The sums of squares are the diagonal of
-    x x^T, which takes the tensor cores one product where 16 instructions would add the squares of a lane's words.
+    square(s, x, squares): the two words of each 8 rows of x, `words` apart, that product s takes, times themselves. Sums of squares are on
+    the diagonal of x x^T: a product of the tensor cores a word, where four other instructions would add its squares. Its A operand is the
+    two words as they lie in registers, so that the first one's squares are in the upper half of one sum, the second one's in the lower half
+    of another; the other halves mean nothing. (One product of 16 values of k for both words took four moves.)
     weigh(at, weight, x): x[at : at + 4] and those of further rows times the four words of the norm's weight.
     keep_squares(squares, sums_sh, thread): behind a warp's sums, a float32 for each row of x.
     """
-    mma, multiply, minus_zero, tiles = ptx.MMA[dtype], ptx.FMA_PAIR[dtype], np.uint32(0x80008000), batch // 8
+    mma, multiply, minus_zero, tiles = ptx.MMA_K8[dtype], ptx.FMA_PAIR[dtype], np.uint32(0x80008000), batch // 8
 
     @cuda.jit(device=True, forceinline=True)
     def square(s, x, squares):
-        at, other = 2 * s, 2 * s + words * (tiles - 1)
-        mma(squares, 0, x[at], x[other], x[at + 1], x[other + 1], x[at], x[at + 1])
+        at, other = 2 * s, 2 * s + words
+        mma(squares, 0, x[at], x[at + 1], x[at])
+        mma(squares, 4, x[at], x[at + 1], x[at + 1])
         if tiles > 1:
-            mma(squares, 4, x[at], x[other], x[at + 1], x[other + 1], x[other], x[other + 1])
+            mma(squares, 8, x[other], x[other + 1], x[other])
+            mma(squares, 12, x[other], x[other + 1], x[other + 1])
 
     @cuda.jit(device=True, forceinline=True)
     def weigh(at, weight, x):
@@ -141,9 +145,9 @@ def make_norm(dtype: str, batch: int, words: int, tile_rows: int) -> tuple[Calla
         row = lane >> 2
         if lane & 3 == row >> 1:
             row_sh = np.int32(sums_sh + 4 * batch * (warp * (tile_rows + 1) + tile_rows) + 4 * row)
-            ptx.st_shared_f32(row_sh, squares[1] if row & 1 else squares[0])
+            ptx.st_shared_f32(row_sh, squares[1] + squares[7] if row & 1 else squares[0] + squares[6])
             if tiles > 1:
-                ptx.st_shared_f32(row_sh + 32, squares[7] if row & 1 else squares[6])
+                ptx.st_shared_f32(row_sh + 32, squares[9] + squares[15] if row & 1 else squares[8] + squares[14])
     return square, weigh, keep_squares
 
 

@@ -168,7 +168,7 @@ def make(config: Config) -> Callable:
     warp_bytes, step_pieces, piece_bytes = stages * stage_bytes, PIECES * warps, WEIGHT_BYTES // PIECES
     step_shift, step_bytes, x_step = step_pieces.bit_length() - 1, WEIGHT_BYTES * warps, X_ROW_BYTES * warps
     sums_bytes, last_sh, normed, norm_offset = config.sums_bytes, last_stage * stage_bytes, config.normed, config.norm_offset
-    n_acc, n_sums, n_x_at, n_squares = 8 * batch_tiles, 4 * batch_tiles, 2 * batch_tiles, 4 * batch_tiles if normed else 1
+    n_acc, n_sums, n_x_at, n_squares = 8 * batch_tiles, 4 * batch_tiles, 2 * batch_tiles, 8 * batch_tiles if normed else 1
     zero, nothing, start = np.float32(0), np.uint32(0), np.int32(0)
     wait_for_oldest, (keep, finish) = ptx.CP_ASYNC_WAIT[last_stage], make_finish(config.dtype, batch, TILE_ROWS, warps, normed)
     across = TILE_ROWS.bit_length() - 1

@@ -227,6 +227,9 @@ ldmatrix_x4_trans = ptx("ldmatrix_x4_trans", "ldmatrix.sync.aligned.m8n8.x4.tran
 movmatrix_trans = ptx("movmatrix_trans", "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "r", "r")  # 8x8, held as ldmatrix holds it
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.%s.%s.f32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};"
 MMA = {dtype: ptx_accumulate(f"mma_{dtype}", _MMA % (kind, kind), 4, "rrrrrr") for dtype, kind in KIND.items()}
+# acc[16 x 8] += A[16 x 8] B[8 x 8].
+_MMA_K8 = "mma.sync.aligned.m16n8k8.row.col.f32.%s.%s.f32 {$0, $1, $2, $3}, {$8, $9}, {$10}, {$0, $1, $2, $3};"
+MMA_K8 = {dtype: ptx_accumulate(f"mma_k8_{dtype}", _MMA_K8 % (kind, kind), 4, "rrr") for dtype, kind in KIND.items()}
 
 # Programmatic dependent launch (Spec.dependent), sm_90 and up: the next kernel may start now; what the kernel before has written is there.
 launch_dependents = ptx("launch_dependents", {80: "", 90: "griddepcontrol.launch_dependents;"})
