@@ -176,7 +176,7 @@ def test_a_model_that_is_not_fused_is_refused(tmp_path):
 def test_on_a_gpu_winners_are_kept_and_taken(tmp_path, monkeypatch):
     """Every candidate of every format runs and is right, and what won is what a launch then takes."""
     from ftops.numba_kernels import linear, tuned
-    monkeypatch.setenv("FTOPS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuned, "file_of", lambda gpu: tmp_path / "winners.json")  # and not the cache of kernels
     monkeypatch.setattr(module, "measured_rows", lambda: (1, 32, 2048))
     tuned.forget()
     try:
@@ -207,7 +207,7 @@ def test_on_a_gpu_the_op_runs_what_has_won(format, rows, tmp_path, monkeypatch):
     from ftops.numba_kernels import linear, linear_sm90_launch, linear_w4a16, tuned
     caches = (linear._takes, linear._kernel, linear_w4a16._takes, linear_w4a16._kernel, linear_sm90_launch._takes,
               linear_sm90_launch._picked)
-    monkeypatch.setenv("FTOPS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuned, "file_of", lambda gpu: tmp_path / "winners.json")  # and not the cache of kernels
     weight = module.random_weight(format, 256, 512, torch.bfloat16, torch.device("cuda"))
     x = torch.randn(rows, 512, dtype=torch.bfloat16, device="cuda")
     problem, candidates = weight.offer(x, *weight.tensors[0])

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 def test_every_answer_is_its_lone_answer(rows):
     """In buckets of every size, with requests that are cancelled, put back and share pages, and graphs that go on from round to round."""
     model, requests, chance = small("cuda"), mixed(REQUESTS, seed=5), random.Random(5)
-    with ftops.Engine(model, max_requests=rows, max_waiting=REQUESTS, cache_tokens=8 * rows + 52, page_size=2, chunk=64) as engine:
+    with ftops.Engine(model, max_requests=rows, max_waiting=REQUESTS, cache_tokens=84 + rows, page_size=2, chunk=64) as engine:
         for _ in range(2):
             handles = [engine.submit(prompt, **options) for prompt, options in requests]
             for number in sorted(chance.sample(range(REQUESTS), REQUESTS // 4)):
