@@ -68,8 +68,8 @@ def peers(op: str, rows: int, N: int, K: int) -> dict[str, Run]:
     sides: dict[str, Run] = {"torch bf16": lambda i: F.linear(i.x, i.dense)}
     if small_sizes():
         return sides
-    if op == "linear_w4a16":  # the product that torchao's Int4WeightOnlyConfig calls for weights packed for tensor cores
-        sides["torch int4"] = lambda i: torch._weight_int4pack_mm(i.x, i.torch, GROUP, i.torch_scales)
+    if op == "linear_w4a16":
+        sides["torch int4"] = lambda i: i.torch(i.x)
     if op == "linear_fp8":
         sides["torch._scaled_mm alone"] = lambda i: torch._scaled_mm(
             i.x8, i.values.t(), scale_a=i.x_scales, scale_b=i.scales[None], out_dtype=DTYPE)
@@ -84,6 +84,13 @@ def peers(op: str, rows: int, N: int, K: int) -> dict[str, Run]:
     return sides
 
 
+def torch_int4(values: torch.Tensor, scales: torch.Tensor) -> Run:
+    """Of values [N,K], of which 8 is zero, and scales [N,groups], by the product that torchao's Int4WeightOnlyConfig has for tensor cores."""
+    packed = torch._convert_weight_to_int4pack(values[:, ::2] << 4 | values[:, 1::2], 8)
+    pairs = torch.stack((scales.t(), torch.zeros_like(scales.t())), -1)
+    return lambda x: torch._weight_int4pack_mm(x, packed, GROUP, pairs)
+
+
 def problem(op: str, rows: int, N: int, K: int) -> Problem:
     def make(device: torch.device) -> SimpleNamespace:
         i = weights(op, N, K, device)
@@ -92,9 +99,7 @@ def problem(op: str, rows: int, N: int, K: int) -> Problem:
             return i
         if op == "linear_w4a16":
             q, scales = unpack_4bit(i.packed, N, K), unpack_groups(i.scales, N)
-            if K % GROUP == 0 and N % 8 == 0:
-                i.torch = torch._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
-                i.torch_scales = torch.stack((scales.t(), torch.zeros_like(scales.t())), -1)
+            i.torch = built(lambda: torch_int4(q, scales))
         if compiles("gemlite", GEMLITE, op, rows, N, K):
             i.gemlite = built(lambda: gemlite_int4(q, scales) if op == "linear_w4a16" else gemlite_w8a8(i.values, i.scales))
         if compiles("torchao", TORCHAO, op, rows, N, K):
