@@ -94,19 +94,16 @@ class Config:
 
 
 class Plan(NamedTuple):
-    """Tiles, and how blocks take them. splits: blocks of a cluster that share a tile's k, 1, 2, 4 or 8. paired: two blocks of a cluster
-    take neighbouring features, and each brings half of x to both."""
+    """splits: blocks of a cluster that share a tile's k, 1, 2, 4 or 8."""
 
     config: Config
     splits: int = 1
-    paired: bool = False
 
 
 # Rows of x from which the op takes this kernel where nothing was measured on the GPU at hand, by what an H100 took for eight shapes at 32
-# to 8192 rows (docs/tuning/linear_sm90.md): at 16 bits cuBLAS is level or ahead, and so is its product of e4m3 (NEVER); others from the
-# first row that is not another kernel's, if `worthwhile`.
-NEVER = 1 << 31
-FROM_ROWS = {"16-bit": NEVER, "int8": 17, "e4m3": 17, "int4": 17, "int8_int8": 1, "e4m3_e4m3": NEVER}
+# to 8192 rows (docs/tuning/linear_sm90.md): at 16 bits never, since cuBLAS is level or ahead; others from the first row that is not
+# another kernel's, if `worthwhile`.
+FROM_ROWS = {"16-bit": 1 << 31, "int8": 17, "e4m3": 17, "int4": 17, "int8_int8": 1, "e4m3_e4m3": 1}
 
 # The model of the time, in us and ns, fitted to 960 measurements on an H100: half of them within 6 %, nine of ten within 18 %; the tile
 # that it picks is 0.5 % slower than the best on average, 21 % at most. A launch; a tile's start and end, and of those for each column;
@@ -120,21 +117,21 @@ _L2, _MEMORY = 10.0e6, 2.33e6  # bytes a us, to all multiprocessors
 
 def pick(kind: str, dtype: str, rows: int, features: int, depth: int, multiprocessors: int) -> Plan:
     """What has the least predicted time for x[rows, depth], W[features, depth]."""
-    return min((plan for plan in plans(kind, dtype, rows, features, depth, multiprocessors) if not plan.paired),
+    return min(plans(kind, dtype, rows, features, depth, multiprocessors),
                key=lambda plan: microseconds(plan, rows, features, depth, multiprocessors))
 
 
 def plans(kind: str, dtype: str, rows: int, features: int, depth: int, multiprocessors: int) -> Iterator[Plan]:
-    """All there are. Blocks that share a k have four stages each at least, and run all at once.
+    """Those that may be the best: no tile of twice the rows there are. Blocks that share a k have four stages each at least, and run all at
+    once.
 
     The blocks of a cluster are neighbours (of one GPC, which has 16 or 18 multiprocessors, or fewer): 32 clusters of four take two rounds
     on the 132 of an H100, 20 do not.
     """
-    for config in (Config(kind, dtype, columns) for columns in COLUMNS[kind]):
+    smallest = COLUMNS[kind][0]
+    for config in (Config(kind, dtype, columns) for columns in COLUMNS[kind] if columns == smallest or columns < 2 * rows):
         of_features, of_rows = tiles_of(config, rows, features)
         yield Plan(config)
-        if of_features > 1:
-            yield Plan(config, paired=True)
         for splits in SPLITS:
             most = multiprocessors if splits == 2 else 10 * multiprocessors // 11
             if splits * of_features * of_rows <= most and 4 * splits <= -(-depth // config.depth):
@@ -148,7 +145,7 @@ def tiles_of(config: Config, rows: int, features: int) -> tuple[int, int]:
 
 def microseconds(plan: Plan, rows: int, features: int, depth: int, multiprocessors: int) -> float:
     """Predicted time."""
-    config, splits, _ = plan
+    config, splits = plan
     of_features, of_rows = tiles_of(config, rows, features)
     blocks = of_features * of_rows * splits
     rounds, bits = -(-blocks // multiprocessors), 4.25 if config.kind == "int4" else config.bits
@@ -161,10 +158,14 @@ def microseconds(plan: Plan, rows: int, features: int, depth: int, multiprocesso
 
 @functools.lru_cache(maxsize=1 << 14)
 def worthwhile(kind: str, rows: int, features: int, depth: int, multiprocessors: int) -> bool:
-    """Whether the kernel is predicted to take no longer than the library: only int4 written out in 16 bits for many rows is ever near."""
-    if kind != "int4" or rows <= 64:
+    """Whether the kernel is predicted to take no longer than the library, for kinds of which now one, now the other was measured to be
+    faster. Of 40 problems of e4m3 each this is at most 10 % wrong."""
+    if kind == "int4" and rows > 64:
+        # Written out in 16 bits: cuBLAS at 720 TFLOP/s or 2.5 TB/s, and 0.75 us for a million values of W.
+        library = 4.0 + features * depth * (max(2 * rows / 720e6, 2 / 2.5e6) + 0.75e-6)
+    elif kind == "e4m3_e4m3":
+        # torch._scaled_mm with scales a row: tiles of 128 x 128, of which blocks do not share a k.
+        library = 2.0 + -(-(-(-features // 128) * -(-rows // 128)) // multiprocessors) * (4.0 + 2.5e-3 * depth)
+    else:
         return True
-    # cuBLAS at 720 TFLOP/s or 2.5 TB/s, and 0.75 us for a million values of W.
-    library = 4.0 + features * depth * (max(2 * rows / 720e6, 2 / 2.5e6) + 0.75e-6)
-    plan = pick(kind, "bfloat16", rows, features, depth, multiprocessors)
-    return microseconds(plan, rows, features, depth, multiprocessors) <= library
+    return microseconds(pick(kind, "bfloat16", rows, features, depth, multiprocessors), rows, features, depth, multiprocessors) <= library

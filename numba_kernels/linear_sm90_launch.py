@@ -63,8 +63,7 @@ def left_to_others(kind: str, most: int, device: int) -> int:
 def candidates(kind: str, dtype: str, rows: int, N: int, K: int, device: int) -> dict[str, Plan]:
     """What `ftops tune` measures, by name: first what `pick` gives, then all others."""
     problem = kind, dtype, rows, N, K, multiprocessors(device)
-    return {f"{tuned.name_of('linear_sm90', config)}, " + ("paired" if paired else f"splits {splits}"): Plan(config, splits, paired)
-            for config, splits, paired in (pick(*problem), *plans(*problem))}
+    return {f"{tuned.name_of('linear_sm90', plan.config)}, splits {plan.splits}": plan for plan in (pick(*problem), *plans(*problem))}
 
 
 @functools.cache
@@ -74,8 +73,8 @@ def _picked(kind: str, group_size: int, dtype: torch.dtype, rows: int, N: int, w
 
 
 @functools.cache
-def _loaded(config: Config, cluster: int, device: int) -> Kernel:
-    return load(spec(config, cluster), device)
+def _loaded(config: Config, splits: int, device: int) -> Kernel:
+    return load(spec(config, splits), device)
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None,
@@ -136,13 +135,12 @@ def _start(weight: tuple[str, int, int], x: torch.Tensor, dtype: torch.dtype, x_
     x, x_stride, K = aligned_x(x, rows)
     bias_at, residual_at, residual_stride, _held = added(bias, residual)
     wide = not ((half or N) % 4 or residual_stride % 4 or residual_at % 8)
-    config, splits, paired = picked or _picked(*weight[:2], dtype, rows, N, weight[2], K, device)
-    (of_features, of_rows), cluster = tiles_of(config, rows, N), 2 if paired else splits
-    clusters = of_rows * (-(-of_features // 2) if paired else of_features)
-    blocks = cluster * (clusters if splits > 1 else min(clusters, multiprocessors(device) // cluster))
+    config, splits = picked or _picked(*weight[:2], dtype, rows, N, weight[2], K, device)
+    of_features, of_rows = tiles_of(config, rows, N)
+    blocks = of_features * of_rows * splits if splits > 1 else min(of_features * of_rows, multiprocessors(device))
     w_map, scale_map, scale_at, shift, record = stored(config)
-    x_map = tiles(x.data_ptr(), x.dtype, (K, rows), (x_stride,), (config.chunk, config.columns // 2 if paired else config.columns))
-    _loaded(config, cluster, device)(
+    x_map = tiles(x.data_ptr(), x.dtype, (K, rows), (x_stride,), (config.chunk, config.columns))
+    _loaded(config, splits, device)(
         blocks, 1, 1, w_map, x_map, scale_map, scale_at, 0 if x_scales is None else x_scales.data_ptr(), bias_at, residual_at,
-        out.data_ptr(), residual_stride, rows, N, half, -(-K // config.depth), splits, paired, wide, shift, record, *form_of(activation))
+        out.data_ptr(), residual_stride, rows, N, half, -(-K // config.depth), splits, wide, shift, record, *form_of(activation))
     return out

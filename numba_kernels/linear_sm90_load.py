@@ -21,13 +21,6 @@ def place(tile, of_features, of_rows):
     return np.uint32(first + rest - row * there), row
 
 
-@cuda.jit(device=True, forceinline=True)
-def place_paired(tile, of_features, of_rows, paired, rank):
-    """`place` where of_features counts pairs of tiles, of which a block takes number `rank`."""
-    feature_tile, row_tile = place(tile, of_features, of_rows)
-    return np.uint32(np.uint32(2) * feature_tile + rank) if paired else feature_tile, row_tile
-
-
 def make_fetch(config: Config) -> tuple[Callable, Callable]:
     """(fetch, foretell), of W of a stage, and int4's scales.
 
@@ -65,28 +58,24 @@ def make_fetch(config: Config) -> tuple[Callable, Callable]:
 
 
 def make_produce(config: Config) -> Callable:
-    """produce(base, w_tensor, x_tensor, scale_tensor, tile, apart, of_features, of_rows, begin, end, gated, group_shift, record, paired,
-    rank): stages `begin` to `end` of every apart-th tile. What the ring holds of the first tile's W is asked into L2 while the kernel
-    before still runs. paired: tiles are two of features, the second for the block of rank 1; each brings half of x to both.
+    """produce(base, w_tensor, x_tensor, scale_tensor, tile, apart, of_features, of_rows, begin, end, gated, group_shift, record): stages
+    `begin` to `end` of every apart-th tile. What the ring holds of the first tile's W is asked into L2 while the kernel before still runs.
     """
     depth, columns, chunk, chunks = np.uint32(config.depth), np.uint32(config.columns), config.chunk, config.depth // config.chunk
     stage_bytes, w_bytes, chunk_bytes = np.uint32(config.stage_bytes), np.uint32(config.w_bytes), ROW_BYTES * config.columns
     full_at, empty_at, stages = np.uint32(config.full_at), np.uint32(config.empty_at), np.uint32(config.stages)
     (fetch, foretell), last = make_fetch(config), np.uint32(config.stages - 1)
-    half_rows, half_bytes, both = np.uint32(config.columns // 2), np.uint32(ROW_BYTES * config.columns // 2), np.uint32(3)
 
     @cuda.jit(device=True, forceinline=True)
-    def produce(base, w_tensor, x_tensor, scale_tensor, tile, apart, of_features, of_rows, begin, end, gated, group_shift, record,
-                paired, rank):
+    def produce(base, w_tensor, x_tensor, scale_tensor, tile, apart, of_features, of_rows, begin, end, gated, group_shift, record):
         slot, phase, waiting = np.uint32(0), np.uint32(1), np.uint32(min(stages, np.uint32(end - begin)))
-        feature_tile, row_tile = place_paired(tile, of_features, of_rows, paired, rank)
-        k, feature = np.uint32(begin * depth), np.uint32(feature_tile * np.uint32(FEATURES))
+        k, feature = np.uint32(begin * depth), np.uint32(place(tile, of_features, of_rows)[0] * np.uint32(FEATURES))
         while waiting != np.uint32(0):
             foretell(w_tensor, scale_tensor, k, feature, gated, group_shift)
             k, waiting = np.uint32(k + depth), ptx.here(np.uint32(waiting - np.uint32(1)))
         ptx.wait_for_primary()
         while tile < of_features * of_rows:
-            feature_tile, row_tile = place_paired(tile, of_features, of_rows, paired, rank)
+            feature_tile, row_tile = place(tile, of_features, of_rows)
             k, feature, row = np.uint32(begin * depth), np.uint32(feature_tile * np.uint32(FEATURES)), np.uint32(row_tile * columns)
             waiting = np.uint32(end - begin)
             while waiting != np.uint32(0):
@@ -94,11 +83,7 @@ def make_produce(config: Config) -> Callable:
                 full, stage = np.uint32(base + full_at + np.uint32(8) * slot), np.uint32(base + slot * stage_bytes)
                 fetch(stage, full, w_tensor, scale_tensor, k, feature, gated, group_shift, record)
                 for c in range(chunks):
-                    at, along = np.uint32(stage + w_bytes + np.uint32(c * chunk_bytes)), np.uint32(k + np.uint32(chunk * c))
-                    if paired:
-                        hopper.tma_multicast_2d(at + rank * half_bytes, x_tensor, full, along, row + rank * half_rows, both)
-                    else:
-                        hopper.tma_load_2d(at, x_tensor, full, along, row)
+                    hopper.tma_load_2d(stage + w_bytes + np.uint32(c * chunk_bytes), x_tensor, full, k + np.uint32(chunk * c), row)
                 phase = np.uint32(phase ^ np.uint32(slot == last))
                 slot = np.uint32(0) if slot == last else np.uint32(slot + np.uint32(1))
                 k = np.uint32(k + depth)

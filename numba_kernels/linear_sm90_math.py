@@ -25,11 +25,9 @@ def descriptor(address):
 
 
 def make_multiply(config: Config) -> tuple[Callable, Callable]:
-    """(place, multiply, release). place(base, group_shift, record) -> where a thread's part of W is in the first stage.
+    """(place, multiply). place(base, group_shift, record) -> where a thread's part of W is in the first stage.
 
-    release(before, there): arrives at the barrier `before`, if it is not 0, of block `there` of the cluster, or if negative of its own.
-
-    multiply(acc, where, stage, x, group_shift, record, before, now, there): acc += W x^T of the stage `stage` bytes further, whose x is at
+    multiply(acc, where, stage, x, group_shift, record, before, now): acc += W x^T of the stage `stage` bytes further, whose x is at
     shared address x. before, now: barriers that say of the stage before and of this one that nothing reads them any more, 0 where a thread
     is not to arrive there. The last group of products may still run when it returns: then `now`, which is to be given as the next `before`.
     """
@@ -37,12 +35,9 @@ def make_multiply(config: Config) -> tuple[Callable, Callable]:
     add, chunk_units = np.uint32(1), ROW_BYTES * columns // 16
 
     @cuda.jit(device=True, forceinline=True)
-    def release(before, there):
+    def release(before):
         if before != np.uint32(0):
-            if there >= np.int32(0):
-                hopper.mbarrier_arrive_there(before, np.uint32(there))
-            else:
-                hopper.mbarrier_arrive(before)
+            hopper.mbarrier_arrive(before)
 
     if config.kind == "16-bit" or config.narrow:
         product = hopper.wgmma_shared(NARROW.get(config.kind, config.dtype), columns)
@@ -53,21 +48,21 @@ def make_multiply(config: Config) -> tuple[Callable, Callable]:
 
         if config.kind != "e4m3_e4m3":
             @cuda.jit(device=True, forceinline=True)
-            def multiply(acc, where, stage, x, group_shift, record, before, now, there):
+            def multiply(acc, where, stage, x, group_shift, record, before, now):
                 a, b = descriptor(ptx.uniform(where + stage)), descriptor(ptx.uniform(x))
                 hopper.wgmma_fence()
                 for s in range(4):
                     product(acc, 0, a + np.uint64(2 * s), b + np.uint64(2 * s), add)  # of 32 bytes of k, two units
                 hopper.wgmma_commit()
                 wait_1()
-                release(before, there)
+                release(before)
                 return now
-            return place, multiply, release
+            return place, multiply
 
         sums = columns // 2
 
         @cuda.jit(device=True, forceinline=True)
-        def multiply(acc, where, stage, x, group_shift, record, before, now, there):
+        def multiply(acc, where, stage, x, group_shift, record, before, now):
             """The tensor cores keep 14 bits or so of a sum of products of e4m3: only those of a stage are added there."""
             part = cuda.local.array(sums, np.float32)
             a, b = descriptor(ptx.uniform(where + stage)), descriptor(ptx.uniform(x))
@@ -76,11 +71,11 @@ def make_multiply(config: Config) -> tuple[Callable, Callable]:
                 product(part, 0, a + np.uint64(2 * s), b + np.uint64(2 * s), np.uint32(s))
             hopper.wgmma_commit()
             wait_0()
-            release(now, there)
+            release(now)
             for i in range(sums):
                 acc[i] += part[i]
             return np.uint32(0)
-        return place, multiply, release
+        return place, multiply
 
     product, (place, widen) = hopper.wgmma_registers(config.dtype, columns, True), make_widen(config)
     each = config.depth // 32  # products of a group
@@ -95,7 +90,7 @@ def make_multiply(config: Config) -> tuple[Callable, Callable]:
         hopper.wgmma_commit()
 
     @cuda.jit(device=True, forceinline=True)
-    def multiply(acc, where, stage, x, group_shift, record, before, now, there):
+    def multiply(acc, where, stage, x, group_shift, record, before, now):
         """Two groups in turn, each with registers of its own: one is widened while the other is multiplied."""
         even = cuda.local.array(words, np.uint32)
         odd = cuda.local.array(words, np.uint32)
@@ -103,10 +98,10 @@ def make_multiply(config: Config) -> tuple[Callable, Callable]:
         widen(even, where, stage, 0, group_shift, record)
         start(acc, even, b, 0)
         wait_1()
-        release(before, there)
+        release(before)
         widen(odd, where, stage, each, group_shift, record)
         start(acc, odd, b, each)
         wait_1()
         return now
 
-    return place, multiply, release
+    return place, multiply

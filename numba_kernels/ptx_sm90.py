@@ -43,12 +43,6 @@ tma_load_2d = ptx("tma_load_2d", "cp.async.bulk.tensor.2d.shared::cluster.global
                   "[$0], [$1, {$3, $4}], [$2];", "", "rlrrr")
 tma_load_4d = ptx("tma_load_4d", "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
                   "[$0], [$1, {$3, $4, $5, $6}], [$2];", "", "rlrrrrr")
-# The same to shared memory $0 of every block of the cluster whose bit is set in $5, where mbarrier $2 counts.
-tma_multicast_2d = ptx("tma_multicast_2d", "{ .reg .b16 m; cvt.u16.u32 m, $5; cp.async.bulk.tensor.2d.shared::cluster.global"
-                       ".mbarrier::complete_tx::bytes.multicast::cluster [$0], [$1, {$3, $4}], [$2], m; }", "", "rlrrrr")
-# Arrives at the barrier $0 of block $1 of the cluster. With .release.cluster it would wait for all of memory, a third of a product's time.
-mbarrier_arrive_there = ptx("mbarrier_arrive_there", "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; "
-                            "mbarrier.arrive.shared::cluster.b64 _, [a]; }", "", "rr")
 # The same box into L2.
 tma_prefetch_4d = ptx("tma_prefetch_4d", "cp.async.bulk.prefetch.tensor.4d.L2.global [$0, {$1, $2, $3, $4}];", "", "lrrrr")
 SETMAXNREG = {(way, n): ptx(f"setmaxnreg_{way}_{n}", f"setmaxnreg.{way}.sync.aligned.u32 {n};")
