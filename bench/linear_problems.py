@@ -85,7 +85,7 @@ def peers(op: str, rows: int, N: int, K: int) -> dict[str, Run]:
 
 
 def torch_int4(values: torch.Tensor, scales: torch.Tensor) -> Run:
-    """Of values [N,K], of which 8 is zero, and scales [N,groups], by the product that torchao's Int4WeightOnlyConfig has for tensor cores."""
+    """Of values [N,K], of which 8 is zero, and scales [N,groups], by the product that torchao's Int4WeightOnlyConfig calls."""
     packed = torch._convert_weight_to_int4pack(values[:, ::2] << 4 | values[:, 1::2], 8)
     pairs = torch.stack((scales.t(), torch.zeros_like(scales.t())), -1)
     return lambda x: torch._weight_int4pack_mm(x, packed, GROUP, pairs)
