@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import os
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,3 +74,14 @@ def mixed(count: int, seed: int, longest: int = 24, most: int = 18) -> list[tupl
 def alone(model: PreTrainedModel, prompt: list[int], options: dict[str, Any]) -> list[int]:
     """The answer of `ftops.generate`."""
     return ftops.generate(model, torch.tensor([prompt], device=model.device), **options)[0, len(prompt):].tolist()
+
+
+@contextmanager
+def held(engine: ftops.Engine) -> Iterator[None]:
+    """What is submitted within begins together: requests meet, and want for pages, however fast the engine is and whoever submits."""
+    go, turn = threading.Event(), engine._turn
+    engine._turn = lambda: go.wait(60) and turn()
+    try:
+        yield
+    finally:
+        go.set()

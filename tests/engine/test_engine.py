@@ -15,7 +15,7 @@ from ftops.engine import QueueFull, batch
 from ftops.integrations.transformers import engine as engines
 from ftops.integrations.transformers.archs import ARCHS
 from tests.engine.recorded import Recorded
-from tests.engine.requests import REQUESTS, Letters, alone, mixed, small
+from tests.engine.requests import REQUESTS, Letters, alone, held, mixed, small
 from tests.families.tiny import causal, tiny
 
 
@@ -61,7 +61,8 @@ def test_every_answer_is_its_lone_answer(ahead, monkeypatch):
         monkeypatch.setattr(engines, "fixed", lambda _: True)
     requests, chance = all_of_them(), random.Random(1)
     with ftops.Engine(model(), max_requests=12, max_waiting=REQUESTS, cache_tokens=100, page_size=2, chunk=24) as engine:
-        handles = [engine.submit(prompt, **options) for prompt, options in requests]
+        with held(engine):
+            handles = [engine.submit(prompt, **options) for prompt, options in requests]
         cancelled = {number: chance.randrange(6) for number in sorted(chance.sample(range(REQUESTS), REQUESTS // 3))}
         read: dict[int, list[int]] = {}
         for number, count in cancelled.items():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ftops
-from tests.engine.requests import REQUESTS, alone, mixed, small
+from tests.engine.requests import REQUESTS, alone, held, mixed, small
 
 pytestmark = pytest.mark.gpu
 
@@ -18,7 +18,8 @@ def test_every_answer_is_its_lone_answer(rows):
     model, requests, chance = small("cuda"), mixed(REQUESTS, seed=5), random.Random(5)
     with ftops.Engine(model, max_requests=rows, max_waiting=REQUESTS, cache_tokens=84 + rows, page_size=2, chunk=64) as engine:
         for _ in range(2):
-            handles = [engine.submit(prompt, **options) for prompt, options in requests]
+            with held(engine):
+                handles = [engine.submit(prompt, **options) for prompt, options in requests]
             for number in sorted(chance.sample(range(REQUESTS), REQUESTS // 4)):
                 for _ in zip(handles[number], range(chance.randrange(4)), strict=False):
                     pass

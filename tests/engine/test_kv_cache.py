@@ -11,7 +11,7 @@ from ftops.engine import Prompts
 from ftops.integrations.demo.load import load_causal_lm
 from ftops.integrations.transformers.archs import ARCHS
 from ftops.integrations.transformers.layer import FusedLayer
-from tests.engine.requests import mixed, small
+from tests.engine.requests import held, mixed, small
 from tests.families.places import IN_FLOAT32
 from tests.families.tiny import causal, tiny
 
@@ -70,8 +70,9 @@ def test_answers_are_those_of_a_request_alone(device):
     with ftops.Engine(model, max_requests=1, page_size=16) as engine:
         alone = [engine.submit(prompt, **options).result(120).tokens for prompt, options in requests]
     with ftops.Engine(model, max_requests=12, cache_tokens=100, page_size=2, chunk=16) as engine:
-        handles = [engine.submit(prompt, **options) for prompt, options in requests]
+        with held(engine):
+            handles = [engine.submit(prompt, **options) for prompt, options in requests]
         beside = [handle.result(120).tokens for handle in handles]
         stats = engine.stats()
-    assert stats.prefix_tokens and stats.preemptions
+    assert stats.prefix_tokens and stats.preemptions, stats
     assert sum(one == other for one, other in zip(alone, beside, strict=True)) >= 0.9 * len(requests)
