@@ -87,7 +87,7 @@ class Linear:
 
     def __call__(self, x: torch.Tensor, activation: str | None = None, residual: torch.Tensor | None = None,
                  norm: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
-        linear = FORMATS[self.weight.format].linear if isinstance(self.weight, QuantizedWeight) else ops.linear
+        linear = ops.linear if self.format is None else FORMATS[self.format].linear
         return linear(x, self.weight, self.bias, activation=activation, residual=residual, norm=norm, eps=eps)
 
 

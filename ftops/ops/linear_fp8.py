@@ -1,8 +1,8 @@
 """A linear layer with weights in float8 e4m3: y = act(x W^T + bias) + residual, W = values * scale, one scale a row.
 
 The values lie as W does, row by row. On a GPU few rows of x, as they are, meet them in one kernel at memory speed. More are rounded
-to e4m3 as well, one scale a row, and a kernel of ours (on Hopper, where it is faster) or the library multiplies in eight bits (compute
-capability 8.9 and up, features a multiple of 16); elsewhere W is written out in x's dtype.
+to e4m3 as well, one scale a row, and a kernel of ours (on Hopper, where it is faster or the library refuses) or the library multiplies
+in eight bits (compute capability 8.9 and up, N and K multiples of 16); elsewhere W is written out in x's dtype.
 """
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import torch
 
 from ftops import ops
 from tests.accuracy import assert_accurate, in_float64
+from tests.ops.at_once import assert_graphs_at_once, assert_streams_at_once
 from tests.ops.oracles import attention
 
 pytestmark = pytest.mark.gpu
@@ -33,40 +34,13 @@ def test_sections_that_do_not_come_out_even(masked):
     assert_accurate(ops.attention(*args, **options), attention(*in_float64(args), **options), attention(*args, **options))
 
 
+def causal(*args: torch.Tensor) -> torch.Tensor:
+    return ops.attention(*args, causal=True)
+
+
 def test_two_streams_at_once():
-    inputs = [sample(seed) for seed in (0, 1)]
-    expected = [ops.attention(*each, causal=True) for each in inputs]
-    streams = [torch.cuda.Stream() for _ in inputs]
-    torch.cuda.synchronize()
-    results = [[], []]
-    for _ in range(50):
-        for stream, each, to in zip(streams, inputs, results, strict=True):
-            with torch.cuda.stream(stream):
-                to.append(ops.attention(*each, causal=True))
-    torch.cuda.synchronize()
-    for to, want in zip(results, expected, strict=True):
-        assert all(torch.equal(one, want) for one in to)
+    assert_streams_at_once(causal, [sample(seed) for seed in (0, 1)])
 
 
 def test_two_graphs_replayed_at_once():
-    inputs = [sample(seed) for seed in (0, 1)]
-    expected = [ops.attention(*each, causal=True) for each in inputs]
-    graphs, outs = [], []
-    for each in inputs:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            first = ops.attention(*each, causal=True)
-            outs.append((first, ops.attention(*each, causal=True)))
-        graphs.append(graph)
-    streams = [torch.cuda.Stream() for _ in graphs]
-    for _ in range(20):
-        for pair in outs:
-            for out in pair:
-                out.fill_(float("nan"))
-        torch.cuda.synchronize()
-        for stream, graph in zip(streams, graphs, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        torch.cuda.synchronize()
-        for pair, want in zip(outs, expected, strict=True):
-            assert all(torch.equal(out, want) for out in pair)
+    assert_graphs_at_once(causal, [sample(seed) for seed in (0, 1)])

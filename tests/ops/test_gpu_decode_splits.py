@@ -8,6 +8,7 @@ from ftops import ops
 from ftops.numba_kernels import counters
 from ftops.numba_kernels.launch import Kernel
 from tests.accuracy import assert_accurate, in_float64
+from tests.ops.at_once import assert_graphs_at_once, assert_streams_at_once
 from tests.ops.oracles import decode_attention
 from tests.ops.test_gpu import poisoned_call
 
@@ -62,45 +63,17 @@ def test_250_runs_give_the_same_bits(heads, kv_heads, lengths, dtype):
 
 
 def test_two_streams_at_once():
-    inputs = [sample(torch.bfloat16, seed=seed) for seed in (0, 1)]
-    expected = [ops.decode_attention(*each) for each in inputs]
-    streams = [torch.cuda.Stream() for _ in inputs]
-    torch.cuda.synchronize()
-    results = [[], []]
-    for _ in range(100):
-        for stream, each, to in zip(streams, inputs, results, strict=True):
-            with torch.cuda.stream(stream):
-                to.append(ops.decode_attention(*each))
-    torch.cuda.synchronize()
-    for to, want in zip(results, expected, strict=True):
-        assert all(torch.equal(one, want) for one in to)
+    assert_streams_at_once(ops.decode_attention, [sample(torch.bfloat16, seed=seed) for seed in (0, 1)])
 
 
 @pytest.mark.parametrize("stock", ["there", "used up"])
 def test_two_graphs_replayed_at_once(stock, monkeypatch):
     """Graphs share no counters, though captured on one stream; without a stock they make zeros in each replay."""
     inputs = [sample(torch.bfloat16, seed=seed) for seed in (0, 1)]
-    expected = [ops.decode_attention(*each) for each in inputs]
+    ops.decode_attention(*inputs[0])  # which makes the stock
     if stock == "used up":
         monkeypatch.setitem(counters._TAKEN, CUDA.index or 0, counters.STOCK)
-    graphs, outs = [], []
-    for each in inputs:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outs.append([ops.decode_attention(*each) for _ in range(8)])
-        graphs.append(graph)
-    streams = [torch.cuda.Stream() for _ in graphs]
-    for _ in range(20):
-        for several in outs:
-            for out in several:
-                out.fill_(float("nan"))
-        torch.cuda.synchronize()
-        for stream, graph in zip(streams, graphs, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        torch.cuda.synchronize()
-        for several, want in zip(outs, expected, strict=True):
-            assert all(torch.equal(out, want) for out in several)
+    assert_graphs_at_once(ops.decode_attention, inputs)
 
 
 def test_one_launch(monkeypatch):
