@@ -25,8 +25,8 @@ MAX_ROWS = 16  # of x that the kernel is for
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None,
               norm: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    n = x.to(wide) if norm is None else rms_reference(x.to(wide), norm, eps, 0.0)
+    n = reference_normed(x, norm, eps)
+    wide = n.dtype
     y = F.linear(n, weight.to(wide), None if bias is None else bias.to(wide))
     if activation in GLU:
         y = gated_reference(y, GLU[activation])
@@ -46,6 +46,12 @@ def after_norm(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         *rest, norm, eps = given
         return run(normed(x, norm, eps), *rest)
     return call
+
+
+def reference_normed(x: torch.Tensor, norm: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """x in float32 or wider, by its RMS norm where one is given."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide if norm is None else rms_reference(wide, norm, eps, 0.0)
 
 
 def library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,

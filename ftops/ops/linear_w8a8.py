@@ -13,10 +13,9 @@ import torch
 
 from ftops.op import Case, check_beside, invalid, register, straight
 from ftops.ops.gated_activation import GLU
-from ftops.ops.linear import after_norm, columns, fake, followed, make_narrow, normed
+from ftops.ops.linear import after_norm, columns, fake, followed, make_narrow, normed, reference_normed
 from ftops.ops.linear_w8a16 import LINEAR_W8A16, MAX_ROWS, check_8bit
 from ftops.ops.linear_w8a16 import reference as w8a16_reference
-from ftops.ops.rms_norm import reference as rms_reference
 from ftops.packing import described
 from ftops.samples import randn
 
@@ -27,9 +26,8 @@ def smoothed(x: torch.Tensor, smooth: torch.Tensor | None) -> torch.Tensor:
 
 
 def reference(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, *given: Any) -> torch.Tensor:
-    wide, (*rest, norm, eps) = torch.promote_types(x.dtype, torch.float32), given
-    n = x.to(wide) if norm is None else rms_reference(x.to(wide), norm, eps, 0.0)
-    return w8a16_reference(smoothed(n, smooth), values, scales, *rest, None, eps).to(x.dtype)
+    *rest, norm, eps = given
+    return w8a16_reference(smoothed(reference_normed(x, norm, eps), smooth), values, scales, *rest).to(x.dtype)
 
 
 def _w8a16(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smooth: torch.Tensor | None, *given: Any) -> torch.Tensor:
@@ -90,7 +88,7 @@ def linear_w8a8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smo
 
     values: int8; scales, smooth: float32; x, bias and residual of one dtype (float32, float16, bfloat16). values may have more columns
     than x, to the next multiple of 16, which are zeros. On a GPU more than 64 rows of x, in 16 bits, are rounded to int8, one scale a
-    row, if N is a multiple of 16. norm[K]: x is first `ops.rms_norm(x, norm, eps)`, as in `linear`. Raises ValueError.
+    row; before Hopper if N is a multiple of 16. norm[K]: x is first `ops.rms_norm(x, norm, eps)`, as in `linear`. Raises ValueError.
     """
     check_8bit("linear_w8a8", torch.int8, x, values, scales, bias, activation, residual, norm)
     check_beside("linear_w8a8", x.device, smooth=smooth)
