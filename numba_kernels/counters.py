@@ -1,7 +1,9 @@
 """Counters in global memory, 0 before a launch, which the launch leaves as 0 for the one after it in the stream.
 
 Launches that may run at once share none: every stream has its own, and so has every stream of a capture, since a graph may be replayed
-beside another. Those come out of a stock: zeros made while a graph is captured are a kernel more in each replay, of 2 us.
+beside another. All come out of a stock, which is the driver's and not PyTorch's: a kernel may be first launched in the warm-up of
+torch.compile's CUDA graphs, where whatever PyTorch allocates belongs to a pool that must be empty afterwards. Zeros made while a graph is
+captured would be a kernel more in each replay, of 2 us.
 """
 from __future__ import annotations
 
@@ -9,21 +11,18 @@ import threading
 
 import torch
 
-STOCK, LEAST = 1 << 18, 256  # counters for the graphs of a device, 1 MiB; of a stream at first
+STOCK, LEAST = 1 << 18, 256  # counters of a stock, 1 MiB; of a stream at first
 _LOCK = threading.Lock()
-_STOCKS: dict[int, torch.Tensor] = {}
-_TAKEN: dict[int, int] = {}
+_STOCKS: dict[int, tuple[int, int]] = {}  # device: address of the next one of its stock, how many are left
 _OF_STREAM: dict[tuple[int, int], tuple[int, int]] = {}  # (device, stream): address, how many
 _OF_CAPTURE: dict[tuple[int, int], tuple[int, int, int]] = {}  # (device, stream): its latest capture, address, how many
-_KEPT: list[torch.Tensor] = []
 
 
 def reserve(device: int) -> None:
     """Makes the stock of a device, once: by whoever loads a kernel with counters, so before a capture in which it is launched."""
     with _LOCK:
         if device not in _STOCKS:
-            _STOCKS[device], _TAKEN[device] = torch.zeros(STOCK, dtype=torch.int32, device=f"cuda:{device}"), 0
-            torch.cuda.current_stream(device).synchronize()  # other streams take from it too
+            _STOCKS[device] = _zeros(device, STOCK), STOCK
 
 
 def counters(device: int, count: int) -> int:
@@ -33,10 +32,14 @@ def counters(device: int, count: int) -> int:
         return _of_capture(device, stream, count)
     address, there = _OF_STREAM.get((device, stream), (0, 0))
     if there < count:
-        with _LOCK:
-            zeros = torch.zeros(max(LEAST, 1 << (count - 1).bit_length()), dtype=torch.int32, device=f"cuda:{device}")
-            _KEPT.append(zeros)  # and those that it replaces, which a graph or another thread may still use
-            address, _ = _OF_STREAM[device, stream] = zeros.data_ptr(), len(zeros)
+        with _LOCK:  # those that they replace stay: a graph or another thread may still use them
+            count = max(LEAST, 1 << (count - 1).bit_length())
+            address = _taken(device, count)
+            if address == 0:
+                more = max(STOCK, count)
+                _STOCKS[device] = _zeros(device, more), more
+                address = _taken(device, count)
+            _OF_STREAM[device, stream] = address, count
     return address
 
 
@@ -46,9 +49,33 @@ def _of_capture(device: int, stream: int, count: int) -> int:
     latest, address, there = _OF_CAPTURE.get((device, stream), (0, 0, 0))
     if latest != capture or there < count:
         with _LOCK:
-            if _TAKEN[device] + count > STOCK:
+            address = _taken(device, count)
+            if address == 0:  # nothing can be made for good while a graph is captured
                 return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}").data_ptr()
-            address = _STOCKS[device].data_ptr() + 4 * _TAKEN[device]
-            _TAKEN[device] += count
             _OF_CAPTURE[device, stream] = capture, address, count
     return address
+
+
+def _taken(device: int, count: int) -> int:
+    """Address of the next `count` of the stock; 0 if fewer are left."""
+    address, left = _STOCKS[device]
+    if left < count:
+        return 0
+    _STOCKS[device] = address + 4 * count, left - count
+    return address
+
+
+def _zeros(device: int, count: int) -> int:
+    """Address of memory that is kept until the process ends."""
+    from cuda.bindings import driver
+    with torch.cuda.device(device):
+        status, address = driver.cuMemAlloc(4 * count)
+        if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:  # there may be room among what PyTorch keeps for later
+            torch.cuda.empty_cache()
+            status, address = driver.cuMemAlloc(4 * count)
+        if status == driver.CUresult.CUDA_SUCCESS:
+            status, = driver.cuMemsetD32(address, 0, count)
+            torch.cuda.default_stream(device).synchronize()  # other streams do not wait for it
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"ftops: no {4 * count} bytes of memory on cuda:{device} for the counters of a kernel: {status.name}")
+    return int(address)

@@ -49,7 +49,7 @@ def launches(names: list[str]) -> Iterator[None]:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         yield
         torch.cuda.synchronize()
-    names += [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
+    names += [event.name.removeprefix("ftops::numba_kernels::")[:40] for event in seen.events() if event.device_type == DeviceType.CUDA]
 
 
 def of_each_layer(model: torch.nn.Module, watch: Callable, capacity: int, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
