@@ -5,7 +5,7 @@ all that are right are timed in turns as ftops/timing.py does. FasterTransformer
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,12 +66,15 @@ def random_weight(format: str | None, N: int, K: int, dtype: torch.dtype, device
 
 
 def tune(weight: Weight, stopwatch: Callable[..., list[float]], rows: Sequence[int] | None = None,
-         advance: Callable[..., None] = lambda: None) -> Iterator[Choice]:
-    """Measures every number of rows that there is a choice for. advance() is called after each number."""
+         advance: Callable[..., None] = lambda: None, known: Container[tuple[str, int]] = ()) -> Iterator[Choice]:
+    """Measures every number of rows that there is a choice for, but for problems and rows that are `known`: two formats may share one.
+
+    advance() is called after each number.
+    """
     for count in rows or measured_rows():
         x = torch.randn(count, weight.dense.shape[1], dtype=weight.dense.dtype, device=weight.dense.device)
         problem, candidates = weight.offer(x, *weight.tensors[0])
-        if len(candidates) > 1:
+        if len(candidates) > 1 and (problem, count) not in known:
             yield measured(problem, candidates, x, weight, stopwatch)
         advance()
 

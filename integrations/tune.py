@@ -56,7 +56,8 @@ def tune_model(model: str | Path | None = None, formats: list[str] | None = None
         for name in asked:
             for N, K in shapes:
                 advance(0, f"{name or of_x} {N}x{K}")
-                choices += tune(random_weight(name, N, K, of_x, place), stopwatch, advance=advance)
+                known = {(choice.problem, choice.rows) for choice in choices}  # w8a8 multiplies few rows as int8 does
+                choices += tune(random_weight(name, N, K, of_x, place), stopwatch, advance=advance, known=known)
                 torch.cuda.empty_cache()
     try:
         return choices, keep(place.index, winners(choices))
