@@ -90,7 +90,7 @@ NORMED = ("llama", "mistral", "qwen2", "qwen3")
 @torch.inference_mode()
 def test_operators_of_a_layer_whose_norms_are_within_linears(family, quant, monkeypatch):
     """norm and QKV, rotary and the write to the cache, attention, output with the sum, norm and gate and up, down with the sum."""
-    monkeypatch.setattr(block, "NORMED_ROWS", dict.fromkeys((None, "int8", "int4"), 16))
+    monkeypatch.setattr(block, "NORMED_ROWS", dict.fromkeys((None, "int8", "int4"), (0, 16)))
     for names in of_each_layer(ftops.patch(tiny(family), quant=quant), operators, 16, monkeypatch):
         assert all(name.startswith("ftops::") for name in names) and len(names) == 6, names
 
@@ -99,15 +99,16 @@ def test_operators_of_a_layer_whose_norms_are_within_linears(family, quant, monk
 @pytest.mark.parametrize("quant", [None, "int8"])
 @torch.inference_mode()
 def test_launches_of_a_layer_whose_norms_are_within_linears(quant, monkeypatch):
-    monkeypatch.setattr(block, "NORMED_ROWS", dict.fromkeys((None, "int8", "int4"), 16))
+    monkeypatch.setattr(block, "NORMED_ROWS", dict.fromkeys((None, "int8", "int4"), (0, 16)))
     for names in of_each_layer(ftops.patch(tiny("llama", "cuda", torch.bfloat16), quant=quant), launches, 512, monkeypatch):
         assert len(names) == 6, names
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gptj", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gptj"])
 @torch.inference_mode()
 def test_launches_of_a_layer(family, monkeypatch):
-    """In a cache so long that attention splits the keys over several blocks, whose results meet in the same launch."""
+    """In a cache so long that attention splits the keys over several blocks, whose results meet in the same launch. Not GPT-2's: its
+    weights lie as [in, out], which cuBLAS multiplies, with a fill of its own before some products."""
     for names in of_each_layer(ftops.patch(tiny(family, "cuda", torch.bfloat16)), launches, 512, monkeypatch):
         assert 6 <= len(names) <= MOST, names
