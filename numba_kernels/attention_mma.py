@@ -184,7 +184,7 @@ def make(config: Config) -> Callable:
                 if extras:
                     shape_scores(score, key, first_row, queries, keys_there, scale, softcap, bias_gl, bias_row, bias_wide, slope)
                 if np.int32(key + np.int32(keys)) > whole_end or key < whole_begin:
-                    hide(score, key, position, left, right, limit)
+                    hide(score, key, position, left, right, limit, group)
                 softmax(score, out, top, total, factor)
                 accumulate(out, total, score, at, np.uint32(v_offset + buffer))
                 key, first = np.int32(key - np.int32(keys)), False

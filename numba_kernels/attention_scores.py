@@ -15,21 +15,25 @@ from ftops.numba_kernels.attention_common import LOG2E, MINUS_INFINITY
 
 
 @functools.cache
-def make_hide(keys: int, row_tiles: int) -> Callable:
-    """hide(score, first, position, left, right, limit): -inf at keys that a row must not see. `first` is the tile's first key, `position`
-    the place of the block's first row among the keys: a row sees [place - left, place + right], and nothing at or beyond limit.
+def make_hide(keys: int, row_tiles: int, packed: bool = False) -> Callable:
+    """hide(score, first, position, left, right, limit, group): -inf at keys that a row must not see. `first` is the tile's first key,
+    `position` the place of the block's first row among the keys: a row sees [place - left, place + right], and nothing at or beyond
+    limit. packed: `group` rows after one another have one place.
     """
     halves, tiles = 2 * row_tiles, keys // 8
 
     @cuda.jit(device=True, forceinline=True)
-    def hide(score, first, position, left, right, limit):
+    def hide(score, first, position, left, right, limit, group):
         thread = np.int32(ptx.here(np.uint32(cuda.threadIdx.x)))
         column = np.int32(first + np.int32(2) * (thread & np.int32(3)))
-        row = np.int32(position + (thread >> np.int32(5)) * np.int32(16 * row_tiles) + ((thread & np.int32(31)) >> np.int32(2)))
+        row = np.int32((thread >> np.int32(5)) * np.int32(16 * row_tiles) + ((thread & np.int32(31)) >> np.int32(2)))
         for h in range(halves):
             at = (h // 2) * tiles * 4 + 2 * (h % 2)
-            low = np.int32(row + np.int32(8 * h) - left)
-            high = np.int32(min(np.int32(row + np.int32(8 * h) + right), np.int32(limit - np.int32(1))))
+            place = np.int32(row + np.int32(8 * h))
+            if packed:
+                place = np.int32(ptx.div_u32(np.uint32(place), np.uint32(group)))
+            low = np.int32(position + place - left)
+            high = np.int32(min(np.int32(position + place + right), np.int32(limit - np.int32(1))))
             # One unsigned comparison for both ends; where high < low nothing passes.
             span = np.uint32(high - low) if high >= low else np.uint32(0)
             start = np.uint32(column - low) if high >= low else np.uint32(0x80000000)

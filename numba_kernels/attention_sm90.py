@@ -19,17 +19,18 @@ from ftops.numba_kernels import ptx
 from ftops.numba_kernels import ptx_sm90 as hopper
 from ftops.numba_kernels.attention_common import LOG2E
 from ftops.numba_kernels.attention_scores import make_hide, make_shape_scores
-from ftops.numba_kernels.attention_sm90_config import HEAD_DIMS, INFO_BYTES, INFO_SLOTS, NARROW, NARROW_HEAD_DIM, Config, pick
-from ftops.numba_kernels.attention_sm90_load import NOTHING, make_produce
-from ftops.numba_kernels.attention_sm90_math import LOWEST, SLACK, make_clear, make_products, make_softmax, make_store
+from ftops.numba_kernels.attention_sm90_config import INFO_BYTES, INFO_SLOTS, Config, configs
+from ftops.numba_kernels.attention_sm90_load import NOTHING, make_begin, make_produce
+from ftops.numba_kernels.attention_sm90_math import LOWEST, SLACK, make_clear, make_products, make_softmax
+from ftops.numba_kernels.attention_sm90_store import make_store, make_store_part
 from ftops.numba_kernels.attention_sm90_turn import WARPS, make_ones, make_turn
 from ftops.numba_kernels.compile import Spec
 
 # Tensor maps of q, k, v; out, bias, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_kv, counters, scales of 8-bit q, k, v
-# (0 = not given); strides in bytes of
-# bias (batch, head, row); Sq, Skv, heads, query heads a kv head, head_dim, batch, tiles a sequence, pairs of sequence and head a section,
-# window left and right, bias is float32; scale, softcap.
-SIGNATURE = "ttt" + "pppppppppp" + "lll" + "iiiiiiiiiii" + "ff"
+# (0 = not given); strides in bytes of bias (batch, head, row); Sq, Skv, heads, query heads a kv head, head_dim, batch, tiles a sequence,
+# pairs of sequence and head a section, window left and right, bias is float32; scale, softcap; lse, key_parts. In parts: heads are those
+# of keys, parts go to `out`, their logarithms to lse, and there are key_parts times as many tiles.
+SIGNATURE = "ttt" + "pppppppppp" + "lll" + "iiiiiiiiiii" + "ff" + "pi"
 
 
 def make(config: Config) -> Callable:
@@ -49,45 +50,34 @@ def make(config: Config) -> Callable:
     wait_0, wait_1 = hopper.WGMMA_WAIT[0], hopper.WGMMA_WAIT[1]
     take_q, scores, column_major, accumulate = make_products(config)
     sample, highest, settle, powers, rescale, pack = make_softmax(config)
+    fillers = WARPS if narrow else 1
     slack, v_bytes = SLACK[config.dtype], np.uint32(config.v_bytes)
-    raw_full, raw_empty, fillers = np.uint32(config.raw_full), np.uint32(config.raw_empty), WARPS if narrow else 1
     ones, turn_v = (make_ones(config), make_turn(config)) if narrow else (None, None)
-    hide = make_hide(keys, 1)
+    in_parts = config.parts
+    hide = make_hide(keys, 1, in_parts)
     shape_scores = make_shape_scores(config.out_dtype, keys, 1)
-    clear, store, produce = make_clear(config), make_store(config), make_produce(config)
+    clear, begin, produce = make_clear(config), make_begin(config, fillers), make_produce(config)
+    store, store_part = make_store(config), make_store_part(config)
 
     @cuda.jit(device=True, forceinline=True)
-    def again(score, bases, query, q_mine, k_tile, edge, key, info, left, right, factor):
+    def again(score, bases, query, q_mine, k_tile, edge, key, info, left, right, group, factor):
         """The scores once more, and every row measured from the highest of them."""
         scores(score, query, q_mine, k_tile)
         wait_0()
         if edge:
             hide(score, key, np.int32(ptx.ld_shared_32(info + np.uint32(8))), left, right,
-                 np.int32(ptx.ld_shared_32(info + np.uint32(16))))
+                 np.int32(ptx.ld_shared_32(info + np.uint32(16))), group)
         high_0, high_1 = highest(score)
         return settle(high_0, high_1, bases, factor, np.float32(0))
 
     def attention_sm90(q_map, k_map, v_map, out_gl, bias_gl, alibi_gl, lengths_gl, starts_q_gl, starts_kv_gl, counters_gl,
                        q_scale_gl, k_scale_gl, v_scale_gl, bias_batch, bias_head, bias_row, queries, keys_there, heads, group, dim, batches,
-                       tiles, section, left, right, bias_wide, scale, softcap):
+                       tiles, section, left, right, bias_wide, scale, softcap, lse_gl, key_parts):
         base = np.uint32((ptx.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00))
         thread = np.uint32(cuda.threadIdx.x)
         q_tensor, k_tensor, v_tensor = hopper.tensor_map(q_map), hopper.tensor_map(k_map), hopper.tensor_map(v_map)
         if thread == np.uint32(0):
-            hopper.prefetch_tensor_map(q_tensor)
-            hopper.prefetch_tensor_map(k_tensor)
-            hopper.prefetch_tensor_map(v_tensor)
-            hopper.mbarrier_init(base + q_full, np.uint32(1))
-            hopper.mbarrier_init(base + q_empty, np.uint32(4 * consumers + (fillers if narrow else 0)))
-            for s in range(stages):
-                hopper.mbarrier_init(base + k_full + np.uint32(8 * s), np.uint32(1))
-                hopper.mbarrier_init(base + v_full + np.uint32(8 * s), np.uint32(fillers))
-                if narrow:
-                    hopper.mbarrier_init(base + raw_full + np.uint32(8 * s), np.uint32(1))
-                    hopper.mbarrier_init(base + raw_empty + np.uint32(8 * s), np.uint32(fillers))
-                hopper.mbarrier_init(base + k_empty + np.uint32(8 * s), np.uint32(consumers))
-                hopper.mbarrier_init(base + v_empty + np.uint32(8 * s), np.uint32(consumers))
-            hopper.fence_mbarrier_init()
+            begin(base, q_tensor, k_tensor, v_tensor)
         if narrow:
             ones(base)
         cuda.syncthreads()
@@ -96,7 +86,8 @@ def make(config: Config) -> Callable:
             give()
             if thread < of_consumers + np.uint32(32):
                 produce(base, q_tensor, k_tensor, v_tensor, lengths_gl, starts_q_gl, starts_kv_gl, counters_gl, queries, keys_there,
-                        np.uint32(heads), np.uint32(group), np.uint32(batches), np.uint32(tiles), np.uint32(section), left, right)
+                        np.uint32(heads), np.uint32(group), np.uint32(batches), np.uint32(tiles), np.uint32(section), left, right,
+                        np.uint32(key_parts))
             elif narrow:
                 turn_v(base, np.uint32((thread - of_consumers) >> np.uint32(5)) - np.uint32(1))
             return
@@ -130,12 +121,17 @@ def make(config: Config) -> Callable:
             if count == NOTHING:
                 break
             limit = np.int32(ptx.ld_shared_32(info + np.uint32(16)))
-            waiting, key, position = np.int32(count), np.int32(first_key), np.int32(np.int32(first_position) + first_mine)
+            waiting, key = np.int32(count), np.int32(first_key)
             height = np.int32(min(np.int32(64), np.int32(np.int32(rows_left) - first_mine)))
+            position, reach = np.int32(np.int32(first_position) + first_mine), height
+            if in_parts:  # rows of one query share its place
+                position = np.int32(np.int32(first_position) + np.int32(ptx.div_u32(np.uint32(first_mine), np.uint32(group))))
+                last_mine = np.uint32(first_mine + max(height, np.int32(1)) - np.int32(1))
+                reach = np.int32(np.int32(first_position) + np.int32(ptx.div_u32(last_mine, np.uint32(group))) - position + np.int32(1))
             # Tiles within [whole_begin, whole_end) are seen whole by all of this warpgroup's rows, those from `end` on by none.
-            whole_begin = np.int32(position + height - np.int32(1) - left)
+            whole_begin = np.int32(position + reach - np.int32(1) - left)
             whole_end = np.int32(min(limit, np.int32(position + right + np.int32(1))))
-            end = np.int32(min(limit, np.int32(position + height + right))) if height > np.int32(0) else np.int32(-1)
+            end = np.int32(min(limit, np.int32(position + reach + right))) if height > np.int32(0) else np.int32(-1)
             # Rows of the first V tile that exist, where what follows them in memory is of others.
             valid = np.int32(keys)
             if not narrow and (lengths_gl != np.uint64(0) or starts_q_gl != np.uint64(0)):
@@ -193,7 +189,7 @@ def make(config: Config) -> Callable:
                 edge = key + np.int32(keys) > whole_end or key < whole_begin
                 if edge:
                     hide(score, key, np.int32(ptx.ld_shared_32(info + np.uint32(8))), left, right,
-                         np.int32(ptx.ld_shared_32(info + np.uint32(16))))
+                         np.int32(ptx.ld_shared_32(info + np.uint32(16))), group)
                 if edge or extras or narrow:
                     high_0, high_1 = highest(score)
                 else:
@@ -201,7 +197,7 @@ def make(config: Config) -> Callable:
                 settle(high_0, high_1, bases, factor, slack)
                 sum_0, sum_1, outgrown = powers(score, bases, factor)
                 if not extras and hopper.bar_any(own_bar, np.uint32(128), outgrown) != np.uint32(0):
-                    again(score, bases, query, q_mine, base + k_at + slot * tile_bytes, edge, key, info, left, right, factor)
+                    again(score, bases, query, q_mine, base + k_at + slot * tile_bytes, edge, key, info, left, right, group, factor)
                     sum_0, sum_1, _ = powers(score, bases, factor)
                 total[0], total[1] = sum_0, sum_1
                 if leader:
@@ -234,7 +230,7 @@ def make(config: Config) -> Callable:
                     edge = key + np.int32(keys) > whole_end or key < whole_begin
                     if edge:
                         hide(score, key, np.int32(ptx.ld_shared_32(info + np.uint32(8))), left, right,
-                             np.int32(ptx.ld_shared_32(info + np.uint32(16))))
+                             np.int32(ptx.ld_shared_32(info + np.uint32(16))), group)
                     r0, r1 = np.float32(1), np.float32(1)
                     if edge or unsettled or extras:
                         high_0, high_1 = highest(score)
@@ -246,7 +242,8 @@ def make(config: Config) -> Callable:
                     hopper.mbarrier_wait(base + v_full + np.uint32(8) * slot, phase)
                     wait_0()
                     if outgrown != np.uint32(0):
-                        s0, s1 = again(score, bases, query, q_mine, base + k_at + slot * tile_bytes, edge, key, info, left, right, factor)
+                        s0, s1 = again(score, bases, query, q_mine, base + k_at + slot * tile_bytes, edge, key, info, left, right, group,
+                                       factor)
                         sum_0, sum_1, _ = powers(score, bases, factor)
                         r0, r1 = np.float32(r0 * s0), np.float32(r1 * s1)
                     if leader:
@@ -271,6 +268,13 @@ def make(config: Config) -> Callable:
             elif speaker:
                 hopper.mbarrier_arrive(base + q_empty)
             _, out_row, head, _ = ptx.ld_shared_128(info + np.uint32(16))
+            if in_parts:
+                all_heads = np.uint32(heads * group)
+                line = np.uint64(out_row) * np.uint64(all_heads) + np.uint64(head) * np.uint64(group)
+                store_part(out, total, bases, out_gl, lse_gl, line, all_heads, np.uint32(group), ptx.ld_shared_32(info + np.uint32(32)),
+                           key_parts, np.int32(ptx.ld_shared_32(info + np.uint32(12))), dim)
+                turn = np.uint32(turn + np.uint32(1))
+                continue
             warp_row = np.int32(ptx.here(np.uint32(cuda.threadIdx.x)) >> np.uint32(5)) * np.int32(16)
             row_bytes = np.uint64(heads) * np.uint64(2 * dim)
             out_row = np.uint64(out_row) + np.uint64(warp_row)
@@ -288,8 +292,5 @@ def spec(config: Config) -> Spec:
 
 
 def variants() -> Iterator[Spec]:
-    """Every variant that `pick` can give."""
-    picked = (pick(dtype, head_dim, extras, short) for dtype in ("float16", "bfloat16") for head_dim in HEAD_DIMS
-              for extras in (False, True) for short in (False, True))
-    yield from map(spec, dict.fromkeys(picked))
-    yield spec(pick(NARROW, NARROW_HEAD_DIM, False))
+    """Every variant that `pick` and `pick_parts` can give."""
+    yield from map(spec, configs())

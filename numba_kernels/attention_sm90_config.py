@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+PART_HEAD_DIMS = (64, 128, 256)  # of variants for keys that are split: others are filled up, a variant costs three seconds of compiling
 ROW_BYTES = 128  # of a tile in shared memory, the widest that TMA and wgmma swizzle
 NARROW, NARROW_HEAD_DIM = "float8_e4m3fn", 128  # smaller ones are filled with zeros on the way to shared memory
 INFO_BYTES, INFO_SLOTS = 48, 2
@@ -14,7 +16,8 @@ INFO_BYTES, INFO_SLOTS = 48, 2
 class Config:
     """head_dim: padded; extras: softcap, bias, ALiBi or a scale that is not positive; consumers: warpgroups of 64 query rows; keys: rows
     of a K or V tile; stages: K and V tiles in shared memory, of each; q_registers: Q is copied to registers, which leaves room for that
-    of the next tile at once, and takes no bandwidth of shared memory; turns: consumers take turns at the tensor cores.
+    of the next tile at once, and takes no bandwidth of shared memory; turns: consumers take turns at the tensor cores; parts: rows of a
+    tile are query rows x the heads that share keys, which are split, and what is stored are parts of the result for decode_combine.
     """
 
     dtype: str
@@ -25,6 +28,7 @@ class Config:
     stages: int
     q_registers: bool
     turns: bool
+    parts: bool = False
 
     @property
     def rows(self) -> int:
@@ -133,10 +137,25 @@ class Config:
         return self.info_at + INFO_BYTES * INFO_SLOTS + 1008
 
 
+def pick_parts(dtype: str, head_dim: int) -> Config:
+    """For keys that are split; head_dim <= PART_HEAD_DIMS[-1]."""
+    head_dim = next(d for d in PART_HEAD_DIMS if d >= head_dim)
+    return Config(dtype, head_dim, False, *(_SHORT_TILES if head_dim == 64 else _TILES)[head_dim], parts=True)
+
+
 def pick(dtype: str, head_dim: int, extras: bool, short: bool = False) -> Config:
     """short: as `is_short` says of the problem."""
     tiles = _NARROW_TILES if dtype == NARROW else _EXTRA_TILES if extras else _TILES | _SHORT_TILES if short else _TILES
     return Config(dtype, head_dim, extras, *tiles[head_dim])
+
+
+def configs() -> Iterator[Config]:
+    """Every one that `pick` and `pick_parts` can give."""
+    picked = (pick(dtype, head_dim, extras, short) for dtype in ("float16", "bfloat16") for head_dim in HEAD_DIMS
+              for extras in (False, True) for short in (False, True))
+    yield from dict.fromkeys(picked)
+    yield from (pick_parts(dtype, head_dim) for dtype in ("float16", "bfloat16") for head_dim in PART_HEAD_DIMS)
+    yield pick(NARROW, NARROW_HEAD_DIM, False)
 
 
 # consumers, keys, stages, q_registers, turns: the fastest measured over the rows of docs/tuning/attention_sm90.md. Keys are released after

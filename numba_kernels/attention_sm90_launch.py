@@ -5,9 +5,10 @@ import functools
 
 import torch
 
+from ftops.numba_kernels import decode_combine
 from ftops.numba_kernels.attention_common import address
 from ftops.numba_kernels.attention_sm90 import spec
-from ftops.numba_kernels.attention_sm90_config import HEAD_DIMS, is_short, pick
+from ftops.numba_kernels.attention_sm90_config import HEAD_DIMS, is_short, pick, pick_parts
 from ftops.numba_kernels.counters import counters, reserve
 from ftops.numba_kernels.launch import Kernel, load, multiprocessors
 from ftops.numba_kernels.tma import tiles as tiles_of
@@ -31,27 +32,55 @@ def loaded(dtype: torch.dtype, head_dim: int, extras: bool, short: bool, device:
     return kernel
 
 
+@functools.cache
+def loaded_parts(dtype: torch.dtype, dim: int, device: int) -> tuple[Kernel, Kernel]:
+    """(the kernel that stores `parts` of a result, the one that adds them up). Raises RuntimeError as `kernel` does."""
+    kernel = load(spec(pick_parts(str(dtype).removeprefix("torch."), dim)), device)
+    reserve(device)
+    return kernel, load(decode_combine.spec(decode_combine.Config(), True), device)
+
+
+def start_parts(parts: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float, left: int, right: int,
+                lengths: torch.Tensor | None) -> None:
+    """As `start` without options, of keys in so many parts. Tiles are shared by the heads of a group."""
+    kernel, combine = loaded_parts(q.dtype, q.shape[3], q.device.index)
+    batch, queries, heads, dim = q.shape
+    lines = batch * queries * heads
+    workspace = q.new_empty(2 * lines * parts * (dim + 1))  # of float32
+    lse_at = workspace.data_ptr() + 4 * lines * parts * dim
+    start(kernel, q, k, v, workspace, batch, queries, k.shape[1], scale, left, right, 0.0, None, (0, 0, 0), None, lengths, None, None,
+          parts=parts, lse_at=lse_at)
+    combine(lines, 1, 1, workspace.data_ptr(), lse_at, out.data_ptr(), parts, dim, max(3, (dim // 4 - 1).bit_length()),
+            1 if q.dtype is torch.float16 else 2)
+
+
 def start(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, batch: int, queries: int, keys: int,
           scale: float, left: int, right: int, softcap: float, bias: torch.Tensor | None, bias_strides: tuple[int, ...],
           alibi_slopes: torch.Tensor | None, lengths: torch.Tensor | None, starts_q: torch.Tensor | None,
-          starts_kv: torch.Tensor | None, scales: tuple[torch.Tensor | None, ...] = (None, None, None)) -> None:
+          starts_kv: torch.Tensor | None, scales: tuple[torch.Tensor | None, ...] = (None, None, None), parts: int = 1,
+          lse_at: int = 0) -> None:
     """As attention.py has it: 16-byte aligned q, k, v[rows of batch, sequence, heads, dim], nothing empty, window ends <= UNBOUNDED."""
     config, device = kernel.spec.config, q.device.index
     # A dimension of a tensor map has a stride: what is broadcast is copied.
     q, k, v = (t.contiguous() if 0 in t.stride() else t for t in (q, k, v))
     _, _, heads, dim = q.shape
-    tiles, pairs, group = -(-queries // config.rows), batch * heads, heads // k.shape[2]
-    blocks = min(multiprocessors(device), tiles * pairs)
+    group = heads // k.shape[2]
+    shared = group if config.parts else 1  # heads of one tile
+    heads, rows = heads // shared, config.rows // shared
+    tiles, pairs = -(-queries // rows), batch * heads
+    blocks = min(multiprocessors(device), tiles * pairs * parts)
     alike = (right >= keys or tiles == 1) and lengths is None and starts_q is None
-    section = group if alike else min(pairs, group * max(1, _SECTION_BYTES // (2 * q.element_size() * keys * dim)))
-    counted = 0 if alike or blocks == tiles * pairs else counters(device, 2)
-    kernel(blocks, 1, 1, _map(q, config.rows, config.chunk), _map(k, config.keys, config.chunk), _map(v, config.keys, config.chunk),
+    section = group // shared * (1 if alike else max(1, _SECTION_BYTES // (2 * q.element_size() * keys * dim)))
+    counted = 0 if alike or blocks == tiles * pairs * parts else counters(device, 2)
+    kernel(blocks, 1, 1, _map(q, shared, rows, config.chunk), _map(k, 1, config.keys, config.chunk), _map(v, 1, config.keys, config.chunk),
            out.data_ptr(), address(bias), address(alibi_slopes), address(lengths), address(starts_q), address(starts_kv), counted,
            *map(address, scales), *bias_strides, queries, keys, heads, group, dim, batch, tiles,
-           section, left, right, bias is not None and bias.dtype is torch.float32, scale, softcap)
+           min(pairs, section), left, right, bias is not None and bias.dtype is torch.float32, scale, softcap, lse_at,
+           parts)
 
 
-def _map(t: torch.Tensor, rows: int, columns: int) -> bytes:
+def _map(t: torch.Tensor, beside: int, rows: int, columns: int) -> bytes:
+    """Of boxes of `columns` of `rows` rows of `beside` heads."""
     batch, sequence, heads, dim = t.shape
     batch_step, row_step, head_step, _ = t.stride()
-    return tiles_of(t.data_ptr(), t.dtype, (dim, heads, sequence, batch), (head_step, row_step, batch_step), (columns, 1, rows, 1))
+    return tiles_of(t.data_ptr(), t.dtype, (dim, heads, sequence, batch), (head_step, row_step, batch_step), (columns, beside, rows, 1))

@@ -1,7 +1,6 @@
 """A size that no compiled kernel serves: each `pick` is asked for every kind of problem and must name a variant that is listed."""
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,8 +10,10 @@ import torch
 
 from ftops.numba_kernels import (
     KERNELS,
+    attention_mma,
     attention_plain,
     attention_sm90,
+    attention_sm90_config,
     bias_activation,
     decode_mma,
     dequantise,
@@ -78,7 +79,8 @@ def picked(name: str) -> Iterator[Spec]:
     elif name == "scale_product":
         yield from (scale_product.spec(scale_product.Config(dtype)) for dtype in HALVES)
     elif name == "quantise_rows":
-        yield from (quantise_rows.spec(quantise_rows.Config(dtype, narrow)) for dtype in HALVES for narrow in quantise_rows.LARGEST)
+        yield from (quantise_rows.spec(quantise_rows.pick(dtype, narrow, length)) for dtype in HALVES for narrow in quantise_rows.LARGEST
+                    for length in LENGTHS)
     elif name == "linear_w4a16":
         yield from (linear_w4a16.spec(linear_w4a16.pick(dtype, rows, size)) for dtype in HALVES for rows in range(1, 100)
                     for size in (32, 64, 128))
@@ -86,11 +88,12 @@ def picked(name: str) -> Iterator[Spec]:
                     for rows in range(1, linear_w4a16.NORM_ROWS + 1) for size in (32, 64, 128))
     elif name == "attention":
         yield from (attention_plain.spec(attention_plain.pick(dim)) for dim in range(1, 257))
-        for module in {sys.modules[spec.make.__module__] for spec in variants_of(name)} - {attention_plain}:
-            yield from (module.spec(module.pick(dtype, next(d for d in module.HEAD_DIMS if d >= dim), extras))
+        for module, config in ((attention_mma, attention_mma), (attention_sm90, attention_sm90_config)):
+            yield from (module.spec(config.pick(dtype, next(d for d in config.HEAD_DIMS if d >= dim), extras))
                         for dtype in HALVES for dim in range(1, 257) for extras in (False, True))
-        yield from (attention_sm90.spec(attention_sm90.pick(dtype, dim, extras, True)) for dtype in HALVES
-                    for dim in attention_sm90.HEAD_DIMS for extras in (False, True))
+        yield from (attention_sm90.spec(attention_sm90_config.pick(dtype, dim, extras, True)) for dtype in HALVES
+                    for dim in attention_sm90_config.HEAD_DIMS for extras in (False, True))
+        yield from (attention_sm90.spec(attention_sm90_config.pick_parts(dtype, dim)) for dtype in HALVES for dim in range(1, 257))
     elif name == "decode_attention":
         yield from (decode_mma.spec(decode_mma.pick(dtype, cache, dim, queries)) for dtype in HALVES
                     for cache in ("16-bit", "int8", "float8_e4m3fn") for dim in range(1, 257) for queries in range(1, 129))
@@ -106,7 +109,7 @@ def test_every_problem_has_a_listed_variant(name):
 
 @pytest.mark.parametrize("name", [
     "rms_norm", "layer_norm", "bias_activation", "gated_activation", "rotary", "rotary_append", "linear", "linear_sm90",
-    "linear_w4a16", "sample"])
+    "linear_w4a16", "quantise_rows", "sample"])
 def test_every_listed_variant_is_for_some_problem(name):
     """A variant that is never asked for costs compile time on every machine."""
     assert [spec.name for spec in variants_of(name) if spec not in set(picked(name))] == []
