@@ -77,7 +77,7 @@ def test_step(batch: int, context: int, theirs: tuple[str, PreTrainedModel], our
     if batch * context > MOST or context + NEW > config.max_position_embeddings:
         pytest.skip("longer than the model, or than a run should be")
     ids = torch.randint(3, config.vocab_size, (batch, context), device=device)
-    assert _near(model, original, ids[:1, :128]) > (0.999 if quant is None else 0.95)
+    assert _near(model, original, ids[:1, :128]) > (0.999 if quant is None else 0.9)
     sides = {OURS: model, **({HF: original} if quant is None else {})}
     seconds = {side: _steps(one, ids, STEPS[side]) for side, one in sides.items()}
     rounds = iter(seconds[OURS])
