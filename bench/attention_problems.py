@@ -13,7 +13,7 @@ from bench.problem import Problem, Run, randn, small_sizes
 from bench.record import OURS
 from ftops import ops
 from ftops.formula import attention_formula
-from ftops.ops.append_kv import to_cache
+from ftops.ops.append_kv import to_cache, token_scales
 from ftops.ops.attention_fp8 import quantise_heads
 from ftops.ops.decode_attention import reference as decode_reference
 
@@ -35,6 +35,7 @@ PAGED = [(batch, 32, 8, context, 128, page_size, BF16) for batch, context in ((1
 CACHE_8BIT = [(*shape, page_size, dtype) for shape in ((1, 32, 8, 131072, 128), (16, 32, 8, 4096, 128), (64, 32, 8, 4096, 128),
                                                        (64, 32, 32, 2048, 128))
               for page_size, dtype in ((None, INT8), (None, FP8), (16, FP8))]
+CACHE_8BIT += [(16, 32, 8, 4096, 128, None, INT8, True), (64, 32, 8, 4096, 128, 16, INT8, True)]
 PREFILL_FP8 = [(4, 16, 16, 4096, 128, True), (1, 32, 8, 16384, 128, True), (4, 16, 16, 4096, 128, False)]
 # B, longest, H, D: BERT's batch of which about half are padding
 VARLEN = [(32, 384, 12, 64)]
@@ -42,6 +43,7 @@ VARLEN = [(32, 384, 12, 64)]
 if small_sizes():
     PREFILL = [(1, 4, 4, 128, 64, True), (1, 8, 2, 128, 64, True), (2, 4, 4, 96, 64, False)]
     DECODE, PAGED, CACHE_8BIT = ([(4, 8, 2, 256, 64, page_size, dtype)] for page_size, dtype in ((None, BF16), (16, BF16), (None, INT8)))
+    CACHE_8BIT = [*CACHE_8BIT, (4, 8, 2, 256, 64, 16, INT8, True)]
     VARLEN = [(4, 64, 4, 64)]
     PREFILL_FP8 = [(1, 4, 2, 128, 128, True)]
 
@@ -135,33 +137,41 @@ def prefill_fp8(batch: int, heads: int, kv_heads: int, length: int, head_dim: in
                    format_error=0.125)
 
 
-def decode(batch: int, heads: int, kv_heads: int, context: int, head_dim: int, page_size: int | None, dtype: torch.dtype) -> Problem:
-    """One new token a sequence. PyTorch's peers read the same keys and values contiguous and in bfloat16, FlashInfer reads our caches."""
+def decode(batch: int, heads: int, kv_heads: int, context: int, head_dim: int, page_size: int | None, dtype: torch.dtype,
+           tokens: bool = False) -> Problem:
+    """One new token a sequence; tokens: an 8-bit cache has a scale a token and head, not a head. PyTorch's peers read the same keys and
+    values contiguous and in bfloat16, FlashInfer reads our caches."""
     def make(device: torch.device) -> SimpleNamespace:
         i = SimpleNamespace(q=randn(batch, 1, heads, head_dim, device=device),
                             lengths=torch.full((batch,), context, dtype=torch.int32, device=device), options={},
                             **{name: randn(batch, context, kv_heads, head_dim, device=device) for name in "kv"})
         i.caches = [i.k, i.v]
         if dtype is not BF16:
-            scale = torch.full((kv_heads,), SCALES[dtype], device=device)
-            i.caches = [to_cache(cache, dtype, scale) for cache in i.caches]
-            i.k, i.v = ((cache.float() * SCALES[dtype]).to(BF16) for cache in i.caches)
-            i.options = {"k_scale": scale, "v_scale": scale}
+            a_head = torch.full((kv_heads,), SCALES[dtype], device=device)
+            scales = [token_scales(cache, dtype) if tokens else a_head for cache in i.caches]
+            i.caches = [to_cache(*pair) for pair in zip(i.caches, (dtype, dtype), scales, strict=True)]
+            i.k, i.v = ((cache.float() * scale.unsqueeze(-1)).to(BF16) for cache, scale in zip(i.caches, scales, strict=True))
+            i.options = dict(zip(("k_scale", "v_scale"), scales, strict=True))
         if page_size is not None:
             same = torch.Generator(device).manual_seed(0)  # for all sets of inputs: FlashInfer's plan is of one table
             table = torch.randperm(batch * (context // page_size), device=device, generator=same)
             i.caches = [_paged(cache, table, page_size) for cache in i.caches]
+            if tokens:
+                i.options = {name: _paged(scale, table, page_size) for name, scale in i.options.items()}
             i.options["page_table"] = table.view(batch, -1).to(torch.int32)
         return i
 
     def expected(i: SimpleNamespace) -> torch.Tensor:
         table = i.options.get("page_table")
         caches = i.caches if table is not None else [cache[:1] for cache in i.caches]
+        scales = [i.options.get(name) for name in ("k_scale", "v_scale")]
+        if tokens and table is None:
+            scales = [scale[:1] for scale in scales]
         return decode_reference(i.q[:1].float(), *caches, i.lengths[:1], None if table is None else table[:1], head_dim ** -0.5, -1, 0.0,
-                                None, None, i.options.get("k_scale"), i.options.get("v_scale"))
+                                None, None, *scales)
 
     name = f"{batch},{heads},{kv_heads},{context},{head_dim}" + (f" page {page_size}" if page_size else "")
-    name += {INT8: " int8", FP8: " fp8"}.get(dtype, "")
+    name += {INT8: " int8", FP8: " fp8"}.get(dtype, "") + (", scales of tokens" if tokens else "")
     sides = {OURS: lambda i: ops.decode_attention(i.q, *i.caches, i.lengths, **i.options)}
     group = "decode_attention"
     if dtype is not BF16:
@@ -171,15 +181,16 @@ def decode(batch: int, heads: int, kv_heads: int, context: int, head_dim: int, p
     if group != "decode_attention":
         sides["ftops, contiguous bf16"] = lambda i: ops.decode_attention(i.q, i.k, i.v, i.lengths)
     sides |= {**peers(), **(flex() if group == "decode_attention" else {})}
-    if dtype is not INT8:  # which FlashInfer does not read
+    if dtype is not INT8 and not tokens:  # which FlashInfer does not read
         sides |= flashinfer_decode(batch, heads, kv_heads, context, head_dim, page_size, dtype, SCALES.get(dtype))
     return Problem("decode_attention", name, make, sides, expected,
-                   lambda out, i: out[:1], 2 * batch * context * kv_heads * head_dim * dtype.itemsize + 4 * batch * heads * head_dim,
+                   lambda out, i: out[:1],
+                   2 * batch * context * kv_heads * (head_dim * dtype.itemsize + 4 * tokens) + 4 * batch * heads * head_dim,
                    group=group)
 
 
 def _paged(cache: torch.Tensor, table: torch.Tensor, page_size: int) -> torch.Tensor:
-    """[B,S,Hkv,D] as pages in the order of `table`."""
+    """[B,S,Hkv,D] or [B,S,Hkv] as pages in the order of `table`."""
     pages = cache.view(-1, page_size, *cache.shape[2:])
     pool = torch.empty_like(pages)
     pool[table] = pages

@@ -64,13 +64,13 @@ def pick_splits(blocks: int, tiles: int, tile_bytes: int, processors: int, resid
 
 @functools.cache
 def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pairs: int, keys: int, fits: bool, fixed_split: int,
-          device: int) -> tuple[Kernel, Kernel | None, int, int, int, int]:
+          token_scales: bool, device: int) -> tuple[Kernel, Kernel | None, int, int, int, int]:
     """(kernel, combining kernel or None, blocks a split, row tiles, splits, tiles a split or 0) for `pairs` of a sequence and a kv head.
 
     With fixed_split, `pairs` and `keys` decide nothing on which bits of a result depend: splits without keys add exactly 0."""
     dependent = capability(device) >= (9, 0)
     if fits:
-        config = decode_mma.pick(NAMES[dtype], "16-bit" if cache is dtype else NAMES[cache], head_dim, rows)
+        config = decode_mma.pick(NAMES[dtype], "16-bit" if cache is dtype else NAMES[cache], head_dim, rows, token_scales)
         row_tiles, tile, row_bytes = -(-rows // config.rows), decode_mma.KEYS * config.warps, config.row_bytes
         processor_bytes = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
         space = config.shared()[-1] // (4 * min(rows, config.rows) * (config.head_dim + 1))
@@ -89,7 +89,7 @@ def _plan(dtype: torch.dtype, cache: torch.dtype, head_dim: int, rows: int, pair
     if fits:
         spec = decode_mma.spec(config, 0 if places >= resident else processor_bytes // places - 1024, dependent)
     else:
-        spec = decode_plain.spec(decode_plain.Config(NAMES[cache]))
+        spec = decode_plain.spec(decode_plain.Config(NAMES[cache], token_scales))
     kernel, many = load(spec, device), splits > min(MOST_PARTS, space)
     combine = load(decode_combine.spec(decode_combine.Config(), dependent), device) if many and splits > 1 else None
     reserve(device)
@@ -151,7 +151,8 @@ def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length
     keys = capacity if window < 0 else min(capacity, window + new)
     group, pairs = heads // kv_heads, batch * kv_heads
     kernel, combine, blocks, row_tiles, splits, fixed = _plan(
-        dtype, cache, head_dim, new * group, pairs, (keys + 63) & -64, fits, fixed_split, device.index)
+        dtype, cache, head_dim, new * group, pairs, (keys + 63) & -64, fits, fixed_split, k_scale is not None and k_scale.dim() == 3,
+        device.index)
     out_at, partial_at, lse_at, counters_at = out.data_ptr(), 0, 0, 0
     if splits > 1:
         width = (head_dim + 3) & -4

@@ -16,7 +16,7 @@ from ftops.numba_kernels import decode_tile, ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.decode_common import LOG2E, SIGNATURE, block_of, capped, load_bias, make_key_range, row_of
 from ftops.numba_kernels.decode_parts import make_meet, make_store_result
-from ftops.numba_kernels.decode_tile import KEYS, NOTHING, Config, lookup
+from ftops.numba_kernels.decode_tile import KEYS, NOTHING, SCALES_BYTES, Config, copy_scales, lookup
 
 # By cache, how many rows a block may take at each head dim. 8-bit caches at 32 and 160 take the next one, whose further elements are not
 # read, and at 80, 96 and 192 more than 8 rows are row tiles, which read their keys from L2: a variant costs three seconds of compiling.
@@ -25,14 +25,15 @@ _NARROW = {64: (8, 16), 80: (8,), 96: (8,), 128: (8, 16), 192: (8,), 256: (8, 16
 RING_BYTES = 64 * 1024  # three blocks a Hopper multiprocessor, one where a block may have 99 KiB
 
 
-def pick(dtype: str, cache: str, head_dim: int, rows: int) -> Config:
+def pick(dtype: str, cache: str, head_dim: int, rows: int, token_scales: bool = False) -> Config:
     """Four warps if two stages then fit RING_BYTES, otherwise two; as many stages as fit, up to four."""
     sizes = _WIDE if cache == "16-bit" else _NARROW
     head_dim = next(d for d in sizes if d >= head_dim)
     stage = 2 * KEYS * head_dim * (2 if cache == "16-bit" else 1)
     warps = 4 if 8 * stage <= RING_BYTES else 2
     stages = min(4, RING_BYTES // (warps * stage))
-    return Config(dtype if cache == "16-bit" else "float16", cache, head_dim, 8 if rows <= 8 else sizes[head_dim][-1], warps, stages)
+    rows = 8 if rows <= 8 else sizes[head_dim][-1]
+    return Config(dtype if cache == "16-bit" else "float16", cache, head_dim, rows, warps, stages, token_scales)
 
 
 def make(config: Config) -> Callable:
@@ -41,16 +42,17 @@ def make(config: Config) -> Callable:
     q_registers, head_dim_quarter, threads, q_threads = config.q_in_registers, config.head_dim // 4, 32 * warps, 32 * warps // config.rows
     per_unit, half_stage, ring_bytes = 8 if wide else 16, KEYS * row_bytes, stages * 2 * KEYS * row_bytes
     tile_keys, chains, lines = KEYS * warps, 4 // row_tiles_n, -(-row_bytes // 128)
-    sums_offset, bits_offset, q_offset, factors_offset, _ = config.shared()
+    sums_offset, bits_offset, q_offset, factors_offset, scales_offset, _ = config.shared()
+    token_scales = config.token_scales
     pitch = 4 * (config.head_dim + 4)  # bytes between rows of a warp's output: its 32 lanes then meet 32 banks
     n_q, n_acc, n_x, n_row = 2 * steps * row_tiles_n, 4 * steps * row_tiles_n, 4 * row_tiles_n, 2 * row_tiles_n
-    zero, one, nothing, hidden, log2e = (np.float32(c) for c in (0, 1, NOTHING, -np.inf, LOG2E))
+    zero, one, nothing, hidden, log2e, least = (np.float32(c) for c in (0, 1, NOTHING, -np.inf, LOG2E, 1e-30))
     all_keys, absent = np.uint32(0xFFFF), np.uint32(0)
     zeroth, last_stage, wait_for_oldest = np.int32(0), np.int32(stages - 1), ptx.CP_ASYNC_WAIT[stages - 1]
     xor_4, xor_8, xor_16 = (ptx.shuffle_xor[n] for n in (4, 8, 16))
     key_range, stage_q, copy_keys = make_key_range(tile_keys), decode_tile.make_stage_q(config), decode_tile.make_copy_keys(row_bytes)
     scores, outputs = decode_tile.make_scores(config, chains), decode_tile.make_outputs(config)
-    softmax = decode_tile.make_softmax(config.dtype, config.head_dim, config.rows)
+    softmax = decode_tile.make_softmax(config.dtype, config.head_dim, config.rows, token_scales)
     store_result, meet = make_store_result(True), make_meet(threads, head_dim_quarter, True)
 
     def decode_mma(q_gl, k_gl, v_gl, lengths_gl, table_gl, bias_gl, slopes_gl, k_scale_gl, v_scale_gl, out_gl, partial_gl, lse_gl,
@@ -97,6 +99,8 @@ def make(config: Config) -> Callable:
         # The first tiles are on their way before q is asked for: theirs is the longer way.
         certain, last = np.int32(length - new), np.int32(length - 1)  # up to `certain` every row sees a key
         key, real_units = np.int32(start + low * tile_keys + warp * KEYS + (lane & 15)), np.int32(head_dim // per_unit)
+        scales_sh, scale_gl = shared_sh + scales_offset + warp * (stages * SCALES_BYTES), np.int64(k_scale_gl if lane < 16 else v_scale_gl)
+        scale_gl += 4 * kv_head
         page = cuda.local.array(stages, np.uint32)
         slot = cuda.local.array(stages, np.uint32)
         for i in range(stages):
@@ -107,12 +111,15 @@ def make(config: Config) -> Callable:
             if np.int32(low + i) < high:
                 copy_keys(k_gl, v_gl, ring_sh + i * (2 * half_stage), bits_sh + 4 * i, lane, key < length and page[i] < pages,
                           page[i] * k_page + slot[i] * k_slot, page[i] * v_page + slot[i] * v_slot, real_units)
+                if token_scales:
+                    copy_scales(scale_gl, scales_sh + i * SCALES_BYTES, lane, key < length and page[i] < pages,
+                                (np.int64(page[i]) * page_size + np.int64(slot[i])) * kv_heads)
                 key = np.int32(key + tile_keys)
             ptx.cp_async_commit()
         page_on, slot_on = page[stages - 1], slot[stages - 1]
 
         value_scale = one
-        if not wide:
+        if not wide and not token_scales:
             scale *= ptx.ld_written_f32(np.int64(k_scale_gl) + 4 * kv_head)
             value_scale = ptx.ld_written_f32(np.int64(v_scale_gl) + 4 * kv_head)
         q_sh, factor_sh = shared_sh + q_offset, shared_sh + factors_offset
@@ -143,6 +150,7 @@ def make(config: Config) -> Callable:
         score = cuda.local.array(16, np.float32)
         x = cuda.local.array(n_x, np.float32)
         p = cuda.local.array(n_row, np.uint32)
+        own = cuda.local.array(2, np.float32)
         acc = cuda.local.array(n_acc, np.float32)
         top = cuda.local.array(n_row, np.float32)
         total = cuda.local.array(n_row, np.float32)
@@ -157,6 +165,9 @@ def make(config: Config) -> Callable:
                 copy_keys(k_gl, v_gl, np.int32(ring_sh + filling * (2 * half_stage)), np.int32(bits_sh + 4 * filling), lane,
                           key < length and page_on < pages, page_on * k_page + slot_on * k_slot, page_on * v_page + slot_on * v_slot,
                           real_units)
+                if token_scales:
+                    copy_scales(scale_gl, np.int32(scales_sh + filling * SCALES_BYTES), lane, key < length and page_on < pages,
+                                (np.int64(page_on) * page_size + np.int64(slot_on)) * kv_heads)
                 key = np.int32(key + tile_keys)
                 page_on, slot_on = lookup(table_gl, batch, min(key, last), page_size, per_page, ptx.ld_written_32)  # there by the next turn
                 filling = zeroth if filling == last_stage else np.int32(filling + 1)
@@ -165,6 +176,7 @@ def make(config: Config) -> Callable:
             ptx.warp_sync()
             stage_sh = np.int32(ring_sh + using * (2 * half_stage))
             bits = ptx.ld_shared_32(np.int32(bits_sh + 4 * using))
+            key_sh = np.int32(scales_sh + using * SCALES_BYTES + 4 * g)
             using = zeroth if using == last_stage else np.int32(using + 1)
             first = np.int32(start + warp * KEYS + tile * tile_keys)
             for i in range(16):
@@ -176,6 +188,10 @@ def make(config: Config) -> Callable:
                 if chains == 4:
                     x[i] += score[at + 8] + score[at + 12]
                 x[i] *= factor[2 * (i >> 2) + (i & 1)]
+            if token_scales:
+                own[0], own[1] = ptx.ld_shared_f32(key_sh), ptx.ld_shared_f32(np.int32(key_sh + 32))
+                for i in range(n_x):
+                    x[i] *= own[(i >> 1) & 1]
             if cap != zero:
                 for i in range(n_x):
                     x[i] = capped(x[i], cap)
@@ -194,7 +210,13 @@ def make(config: Config) -> Callable:
                     behind = np.int32(position[2 * (i >> 2) + (i & 1)] - first - row)
                     if (bits >> row) & 1 == 0 or behind < 0 or (window >= 0 and behind > window):
                         x[i] = hidden
-            softmax(x, acc, top, total, p)
+            if token_scales:
+                for i in range(2):  # a key that a bias hides may never have been written, and its scale be 0
+                    own[i] = ptx.maximum(ptx.ld_shared_f32(np.int32(key_sh + 64 + 32 * i)), least)
+                for i in range(n_x):
+                    x[i] += ptx.log2(own[(i >> 1) & 1])
+                own[0], own[1] = ptx.reciprocal(own[0]), ptx.reciprocal(own[1])
+            softmax(x, acc, top, total, p, own)
             outputs(acc, stage_sh + half_stage, lane, p)
 
         cuda.syncthreads()  # every warp has read its rings
@@ -251,4 +273,5 @@ def variants() -> Iterator[Spec]:
     """Every variant that `pick` can give."""
     for dtype, cache in (("float16", "16-bit"), ("bfloat16", "16-bit"), ("float16", "int8"), ("float16", "float8_e4m3fn")):
         for head_dim, sizes in (_WIDE if cache == "16-bit" else _NARROW).items():
-            yield from (spec(pick(dtype, cache, head_dim, rows)) for rows in sizes)
+            yield from (spec(pick(dtype, cache, head_dim, rows, tokens)) for rows in sizes
+                        for tokens in ((False,) if cache == "16-bit" else (False, True)))

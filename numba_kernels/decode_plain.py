@@ -24,9 +24,10 @@ SHARED_BYTES = MOST_PARTS * 4 * (32 * PARTS + 1)  # parts that meet, and the log
 
 @dataclass(frozen=True)
 class Config:
-    """cache: the dtype of keys and values."""
+    """cache: the dtype of keys and values; token_scales: an 8-bit one has a scale a token and head."""
 
     cache: str
+    token_scales: bool = False
 
 
 def make(config: Config) -> Callable:
@@ -36,6 +37,7 @@ def make(config: Config) -> Callable:
     x1, x2, x4, x8, x16 = xors
     key_range = make_key_range(tile_keys)
     store_result, meet = make_store_result(False), make_meet(32 * WARPS, 8 * PARTS, False)
+    token_scales = config.token_scales
     item = {"float32": 4, "float16": 2, "bfloat16": 2}.get(config.cache, 1)
 
     @cuda.jit(device=True, forceinline=True)
@@ -82,7 +84,7 @@ def make(config: Config) -> Callable:
             return
         position = length - new + token
         value_scale = one
-        if k_scale_gl != 0:
+        if k_scale_gl != 0 and not token_scales:
             scale *= ptx.ld_global_f32(np.int64(k_scale_gl) + 4 * kv_head)
             value_scale = ptx.ld_global_f32(np.int64(v_scale_gl) + 4 * kv_head)
         bias_row, slope = np.int64(bias_gl), zero
@@ -94,6 +96,8 @@ def make(config: Config) -> Callable:
         acc = cuda.local.array(PARTS, np.float32)
         x = cuda.local.array(KEYS, np.float32)
         at = cuda.local.array(KEYS, np.int64)
+        key_scale = cuda.local.array(KEYS, np.float32)
+        its_scale = cuda.local.array(KEYS, np.float32)
         for i in range(PARTS):
             q[i], acc[i] = zero, zero
             if lane + 32 * i < head_dim:
@@ -117,6 +121,10 @@ def make(config: Config) -> Callable:
                 partial = zero
                 if seen:
                     at[u] = (page * v_page + slot * v_slot + kv_head * v_head) * item
+                    if token_scales:
+                        scale_at = 4 * ((page * page_size + slot) * kv_heads + kv_head)
+                        key_scale[u] = ptx.ld_global_f32(np.int64(k_scale_gl) + scale_at)
+                        its_scale[u] = ptx.ld_global_f32(np.int64(v_scale_gl) + scale_at)
                     key_at = np.int64(k_gl) + (page * k_page + slot * k_slot + kv_head * k_head) * item
                     for i in range(PARTS):
                         if lane + 32 * i < head_dim:
@@ -129,6 +137,8 @@ def make(config: Config) -> Callable:
                 x[u] += x2(x[u])
                 x[u] += x1(x[u])
                 key = start + tile * tile_keys + warp * KEYS + u
+                if token_scales:
+                    x[u] *= key_scale[u]
                 if cap != zero:
                     x[u] = capped(x[u], cap)
                 if at[u] < 0:
@@ -149,6 +159,8 @@ def make(config: Config) -> Callable:
                 if at[u] >= 0:
                     weight = ptx.exp2(x[u] - highest)
                     total += weight
+                    if token_scales:
+                        weight *= its_scale[u]
                     for i in range(PARTS):
                         if lane + 32 * i < head_dim:
                             acc[i] = ptx.fma(weight, load(np.int64(v_gl) + at[u] + (lane + 32 * i) * item), acc[i])
@@ -185,4 +197,4 @@ def spec(config: Config) -> Spec:
 
 def variants() -> Iterator[Spec]:
     for cache in CACHES:
-        yield spec(Config(cache))
+        yield from (spec(Config(cache, tokens)) for tokens in ((False, True) if cache in CACHES[3:] else (False,)))

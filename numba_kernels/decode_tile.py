@@ -17,13 +17,15 @@ from ftops.numba_kernels.division import divide
 from ftops.numba_kernels.narrow import make_widen
 
 KEYS = 16  # keys a warp takes at a time: the k of one mma of p v
+SCALES_BYTES = 2 * 4 * KEYS  # of the keys and values of a stage, where each has its own
 NOTHING = -1e30  # a maximum before any key; finite, so that no difference of two is NaN
 SLACK = 8.0  # p may reach 2 ** 8 before the maximum moves: rescaling is rare, and the sums are float32
 
 
 @dataclass(frozen=True)
 class Config:
-    """dtype of the matrix products; cache: "16-bit", "int8" or "float8_e4m3fn"; rows a block: 8 or 16; warps a block; stages of a ring."""
+    """dtype of the matrix products; cache: "16-bit", "int8" or "float8_e4m3fn"; rows a block: 8 or 16; warps a block; stages of a ring;
+    token_scales: an 8-bit cache has a scale a token and head."""
 
     dtype: str
     cache: str
@@ -31,6 +33,7 @@ class Config:
     rows: int
     warps: int
     stages: int
+    token_scales: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -45,13 +48,15 @@ class Config:
         """Blocks that the registers of a multiprocessor hold: 8 rows are compiled for three, of 16 each thread may take 255."""
         return 3 if self.rows == 8 else 8 // self.warps
 
-    def shared(self) -> tuple[int, int, int, int, int]:
-        """Offsets of each warp's maxima and sums, valid-key bits, q, its factors, the end. The warps' outputs reuse the rings."""
+    def shared(self) -> tuple[int, int, int, int, int, int]:
+        """Offsets of each warp's maxima and sums, valid-key bits, q, its factors, scales of tokens, the end. The warps' outputs reuse
+        the rings."""
         sums = self.warps * self.rows * 4 * (self.head_dim + 4)
         bits = max(self.warps * self.stages * 2 * KEYS * self.row_bytes, sums + self.warps * self.rows * 8)
         q = bits + -(-4 * self.warps * self.stages // 16) * 16
         factors = q + self.rows * self.head_dim * 2
-        return sums, bits, q, factors, factors + 4 * self.rows
+        scales = factors + 4 * self.rows
+        return sums, bits, q, factors, scales, scales + (self.warps * self.stages * SCALES_BYTES if self.token_scales else 0)
 
 
 def swizzle(units: int) -> tuple[int, int]:
@@ -160,6 +165,15 @@ def make_copy_keys(row_bytes: int) -> Callable:
     return copy_keys
 
 
+@cuda.jit(device=True, forceinline=True)
+def copy_scales(scale_gl, to_sh, lane, valid, index):
+    """Starts the copy of a lane's own scale of a token, after copy_keys of that token. Of what is not valid it is 1."""
+    if valid:
+        ptx.cp_async_4(np.int32(to_sh + 4 * lane), scale_gl + 4 * index)
+    else:
+        ptx.st_shared_f32(np.int32(to_sh + 4 * lane), np.float32(1))
+
+
 def make_scores(config: Config, chains: int) -> Callable:
     """scores(score, ...) leaves s as `chains` sums, so that many mma are on their way at once: score[4 * chains * n :] is of row tile n."""
     steps, row_tiles_n, row_bytes, wide = config.head_dim // 16, config.rows // 8, config.row_bytes, config.cache == "16-bit"
@@ -236,15 +250,19 @@ def make_outputs(config: Config) -> Callable:
 
 
 @functools.cache
-def make_softmax(dtype: str, head_dim: int, rows: int) -> Callable:
+def make_softmax(dtype: str, head_dim: int, rows: int, token_scales: bool) -> Callable:
     steps, row_tiles_n = head_dim // 16, rows // 8
     n_x, n_row, n_acc, last_row_tile = 4 * row_tiles_n, 2 * row_tiles_n, 4 * steps * row_tiles_n, row_tiles_n - 1
     slack, pair = np.float32(SLACK), ptx.PAIR[dtype]
     xor_4, xor_8, xor_16 = (ptx.shuffle_xor[n] for n in (4, 8, 16))
 
     @cuda.jit(device=True, forceinline=True)
-    def softmax(x, acc, top, total, p):
-        """p := exp2(x - top) as B fragments, total += p. The maximum moves, and what was summed is rescaled, only past SLACK."""
+    def softmax(x, acc, top, total, p, inverse):
+        """p := exp2(x - top) as B fragments, total += p. The maximum moves, and what was summed is rescaled, only past SLACK.
+
+        Scales of tokens: x has the logarithm of its value's scale in it, so that p is weight times scale, however small or large that is,
+        and within float16; the total is of weights, p times inverse[0] of key g and inverse[1] of key g + 8.
+        """
         rescale = cuda.local.array(n_row, np.float32)
         rises = np.uint32(0)
         for r in range(n_row):
@@ -263,7 +281,10 @@ def make_softmax(dtype: str, head_dim: int, rows: int) -> Callable:
                 acc[i] *= rescale[2 * (i >> 2 & last_row_tile) + (i & 1)]
         for i in range(n_x):
             x[i] = ptx.exp2(x[i] - top[2 * (i >> 2) + (i & 1)])
-            total[2 * (i >> 2) + (i & 1)] += x[i]
+            if token_scales:
+                total[2 * (i >> 2) + (i & 1)] = ptx.fma(x[i], inverse[(i >> 1) & 1], total[2 * (i >> 2) + (i & 1)])
+            else:
+                total[2 * (i >> 2) + (i & 1)] += x[i]
         for i in range(n_row):
             p[i] = ptx.movmatrix_trans(pair(x[2 * i], x[2 * i + 1]))
 

@@ -20,7 +20,7 @@ from ftops.numba_kernels.angles import cos_sin, make_table, table_layout
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.division import divide, inverse
 from ftops.numba_kernels.launch import Kernel, capability, empty_like, load
-from ftops.numba_kernels.narrow import make_narrow, scaled_down
+from ftops.numba_kernels.narrow import SMALLEST, make_narrow, scaled_down
 from ftops.numba_kernels.rows import DTYPE_NAME, DTYPES, ITEM, make_convert, make_io, rsqrt, words_of
 
 SIGNATURE = "p" * 15 + "l" * 29 + "i" * 19 + "fff"
@@ -33,10 +33,12 @@ FEW_HEADS, HEADS = 8192, 4
 
 @dataclass(frozen=True)
 class Config:
-    """dtype of q, k and v; vec: elements an access, 16 bytes of them or one."""
+    """dtype of q, k and v; vec: elements an access, 16 bytes of them or one; token_scales: an 8-bit cache has a scale a token and head,
+    which is measured and written here."""
 
     dtype: str
     vec: int
+    token_scales: bool = False
 
 
 def make(config: Config) -> Callable:
@@ -47,7 +49,8 @@ def make(config: Config) -> Callable:
     table = make_table(config.dtype, vec)
     narrow_int8, narrow_fp8 = make_narrow("int8", vec), make_narrow("float8_e4m3fn", vec)
     x1, x2, x4, x8, x16 = (ptx.shuffle_xor[n] for n in (1, 2, 4, 8, 16))
-    zero, one = np.float32(0), np.float32(1)
+    zero, one, smallest, largest_int8, largest_fp8 = (np.float32(c) for c in (0, 1, SMALLEST, 127, 448))
+    token_scales = config.token_scales
 
     if vec > 1:
         @cuda.jit(device=True, forceinline=True)
@@ -84,19 +87,28 @@ def make(config: Config) -> Callable:
             fetch(address + item * np.int64(second), here and second < head_dim, words, 2 * each * j + each)
 
     @cuda.jit(device=True, forceinline=True)
-    def over_team(x, shift):
-        """The sum of x over a team's threads."""
-        if shift > 4:
-            x += x16(x)
-        if shift > 3:
-            x += x8(x)
-        if shift > 2:
-            x += x4(x)
-        if shift > 1:
-            x += x2(x)
-        if shift > 0:
-            x += x1(x)
-        return x
+    def add(x, y):
+        return x + y
+
+    def make_over_team(merge):
+        @cuda.jit(device=True, forceinline=True)
+        def over_team(x, shift):
+            """The sum, or what else `merge` makes, of x over a team's threads."""
+            if shift > 4:
+                x = merge(x, x16(x))
+            if shift > 3:
+                x = merge(x, x8(x))
+            if shift > 2:
+                x = merge(x, x4(x))
+            if shift > 1:
+                x = merge(x, x2(x))
+            if shift > 0:
+                x = merge(x, x1(x))
+            return x
+
+        return over_team
+
+    sum_over_team, largest_over_team = make_over_team(add), make_over_team(ptx.maximum)
 
     @cuda.jit(device=True, forceinline=True)
     def turn(values, at, cos, sin, angle, interleaved):
@@ -211,22 +223,35 @@ def make(config: Config) -> Callable:
                 square = zero
                 for j in range(n_values):
                     square = ptx.fma(values[j], values[j], square)
-                norm = rsqrt(ptx.fma(over_team(square, shift), over_dim, eps))
+                norm = rsqrt(ptx.fma(sum_over_team(square, shift), over_dim, eps))
                 if weight_gl != 0:
                     for j in range(units_n):
                         unpack(weights, 2 * each * j, factors, 0)
                         unpack(weights, 2 * each * j + each, factors, vec)
                         for n in range(2 * vec):
                             values[2 * vec * j + n] *= norm * (offset + factors[n])
+            largest = smallest
+            if token_scales:
+                for j in range(units_n):
+                    if np.int32(vec * (lane + 32 * j)) < half and not of_v:
+                        turn(values, 2 * vec * j, cos, sin, vec * j, interleaved)
+                    for n in range(2 * vec):
+                        largest = ptx.maximum(largest, abs(values[2 * vec * j + n]))
+                largest = largest_over_team(largest, shift)
             if done < count and slot >= 0:
                 scale = inverse = one
                 if cache_kind != SAME and not of_q:
-                    scale = ptx.ld_written_f32(scale_gl + 4 * np.int64(head + done))
+                    if token_scales:
+                        scale = ptx.divide_rn(largest, largest_int8 if cache_kind == INT8 else largest_fp8)
+                        if lane == 0:
+                            ptx.st_global_f32(scale_gl + 4 * ((place * page_size + slot) * kv_heads + np.int32(head + done)), scale)
+                    else:
+                        scale = ptx.ld_written_f32(scale_gl + 4 * np.int64(head + done))
                     inverse = ptx.divide_rn(one, scale)
                 for j in range(units_n):
                     unit = np.int32(lane + 32 * j)
                     first, second = ends(unit, half, units, interleaved)
-                    if np.int32(unit * vec) < half and not of_v:
+                    if not token_scales and np.int32(unit * vec) < half and not of_v:
                         turn(values, 2 * vec * j, cos, sin, vec * j, interleaved)
                     if vec > 1:
                         first_at, second_at = to_gl + np.int32(first * width), to_gl + np.int32(second * width)
@@ -255,18 +280,19 @@ def make(config: Config) -> Callable:
 
 
 def spec(config: Config, dependent: bool = False) -> Spec:
-    return Spec(make, config, SIGNATURE, THREADS, min_blocks=6 if config.vec > 1 else 2, dependent=dependent, halves=True)
+    min_blocks = (5 if config.token_scales else 6) if config.vec > 1 else 2
+    return Spec(make, config, SIGNATURE, THREADS, min_blocks=min_blocks, dependent=dependent, halves=True)
 
 
 def variants() -> Iterator[Spec]:
     """Every variant that `launch` can ask for."""
     for dtype in DTYPES:
-        yield from (spec(Config(dtype, vec)) for vec in (16 // ITEM[dtype], 1))
+        yield from (spec(Config(dtype, vec, tokens)) for vec in (16 // ITEM[dtype], 1) for tokens in (False, True))
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, vec: int, device: int) -> Kernel:
-    return load(spec(Config(DTYPE_NAME[dtype], vec), capability(device) >= (9, 0)), device)
+def _kernel(dtype: torch.dtype, vec: int, token_scales: bool, device: int) -> Kernel:
+    return load(spec(Config(DTYPE_NAME[dtype], vec, token_scales), capability(device) >= (9, 0)), device)
 
 
 def append(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor,
@@ -350,7 +376,7 @@ def _launch(q: torch.Tensor | None, out: torch.Tensor | None, k: torch.Tensor, v
     heads_a_team = 1 if tokens * (heads + 2 * kv_heads) <= FEW_HEADS else HEADS
     q_groups, kv_groups = -(-heads // heads_a_team), -(-kv_heads // heads_a_team)
     groups = q_groups + 2 * kv_groups
-    _kernel(k.dtype, vec, k.device.index)(
+    _kernel(k.dtype, vec, k_scale is not None and k_scale.dim() == 3, k.device.index)(
         -(-tokens * groups // (THREADS >> shift)), 1, 1, q_at, k_at, v_at, out_at, k_cache_at, v_cache_at,
         positions.data_ptr(), angles_at, cos_at, sin_at, q_norm_at, k_norm_at, table_at, k_scale_at, v_scale_at, *q_strides[:3],
         *k_strides[:3], *v_strides[:3], *k_places, *v_places, *positions.stride(), angles_batch, angles_token, batch_step, token_step,

@@ -1,6 +1,8 @@
 """Writes new keys and values into a cache, at given positions, contiguous or paged, quantising on the way if the cache is 8-bit.
 
     cache[b, positions[b, t]] = k[b, t]            or, paged,   cache[page_table[b, p // page_size], p % page_size] = k[b, t]
+
+An 8-bit cache has a scale a head, given, or one a token and head, which is measured here: max |k[b, t, h]| / 127, or / 448 of e4m3.
 """
 from __future__ import annotations
 
@@ -12,16 +14,36 @@ import torch
 from ftops.op import Case, check_beside, check_tensors, debugging, invalid, register, straight
 from ftops.samples import randn
 
-CACHE_8BIT = (torch.int8, torch.float8_e4m3fn)
+LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
+CACHE_8BIT = tuple(LARGEST)
+SMALLEST = 1e-20  # what a token's largest value counts as at least, so that no scale is 0
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def to_cache(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
-    """x[..., Hkv, D] as a cache of `dtype` holds it: x / scale[Hkv], rounded to nearest even and clipped."""
+    """x[..., Hkv, D] as a cache of `dtype` holds it: x / scale[Hkv] or [..., Hkv], rounded to nearest even and clipped."""
     if dtype not in CACHE_8BIT:
         return x
-    scaled = x.float() / scale.view(-1, 1)
+    scaled = x.float() / scale.unsqueeze(-1)
     return scaled.round().clamp(-127, 127).to(dtype) if dtype is torch.int8 else scaled.clamp(-448, 448).to(dtype)
+
+
+def of_tokens(scale: torch.Tensor | None) -> bool:
+    """Whether there is a scale a token and head, which is written with the token, and not a given one a head."""
+    return scale is not None and scale.dim() == 3
+
+
+def token_scales(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales [..., Hkv] of x[..., Hkv, D] with which a cache of `dtype` holds each head's largest value as its own largest number."""
+    return x.float().abs().amax(-1).clamp(min=SMALLEST) / LARGEST[dtype]
+
+
+def _write(x: torch.Tensor, cache: torch.Tensor, scale: torch.Tensor | None, places: tuple[torch.Tensor, torch.Tensor]) -> None:
+    if of_tokens(scale):
+        measured = token_scales(x, cache.dtype)
+        scale.index_put_(places, measured.to(scale.dtype))
+        scale = measured
+    cache.index_put_(places, to_cache(x, cache.dtype, scale))
 
 
 def reference(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor,
@@ -36,8 +58,8 @@ def reference(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: 
         pages = positions.clamp(0, max(capacity - 1, 0)) // page_size
         rows, slots = page_table.long().gather(1, pages) if capacity else rows, positions % page_size
     keep = (positions >= 0) & (positions < capacity) & (rows >= 0) & (rows < k_cache.shape[0])
-    k_cache[rows[keep], slots[keep]] = to_cache(k[keep], k_cache.dtype, k_scale)
-    v_cache[rows[keep], slots[keep]] = to_cache(v[keep], v_cache.dtype, v_scale)
+    _write(k[keep], k_cache, k_scale, (rows[keep], slots[keep]))
+    _write(v[keep], v_cache, v_scale, (rows[keep], slots[keep]))
 
 
 def _cpu(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor,
@@ -47,8 +69,8 @@ def _cpu(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
         reference(k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale)
         return
     places = torch.arange(len(positions)).unsqueeze(-1), positions.long()
-    k_cache.index_put_(places, to_cache(k, k_cache.dtype, k_scale))
-    v_cache.index_put_(places, to_cache(v, v_cache.dtype, v_scale))
+    _write(k, k_cache, k_scale, places)
+    _write(v, v_cache, v_scale, places)
 
 
 KERNEL = "rotary_append"
@@ -61,7 +83,7 @@ def _cuda() -> Callable[..., Any]:
 
 APPEND_KV = register(
     "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor? page_table, "
-    "Tensor? k_scale, Tensor? v_scale) -> ()", cpu=_cpu, cuda=_cuda, fake=lambda *_: None)
+    "Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()", cpu=_cpu, cuda=_cuda, fake=lambda *_: None)
 _append_kv = straight(APPEND_KV)
 
 
@@ -70,8 +92,9 @@ def append_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: 
     """Writes k and v[B,T,Hkv,D] into k_cache and v_cache at positions[B,T] (int32 or int64) of each sequence, in place.
 
     The caches are [B,S,Hkv,D], or [pages,page_size,Hkv,D] with page_table[B,n] int32, in k's dtype, or int8 or float8_e4m3fn with
-    k_scale and v_scale[Hkv] float32 (then k / k_scale is stored). A position below 0 or past the capacity is skipped, as is a page
-    outside the pool: with FTOPS_DEBUG=1 that is an error. Positions of one sequence should differ. Any strides. Raises ValueError.
+    k_scale and v_scale float32 (then k / k_scale is stored): [Hkv], or [B,S,Hkv] or [pages,page_size,Hkv], contiguous, where the scales
+    of the new tokens are written too. A position below 0 or past the capacity is skipped, as is a page outside the pool: with
+    FTOPS_DEBUG=1 that is an error. Positions of one sequence should differ. Any strides but of scales. Raises ValueError.
     """
     op = "append_kv"
     check_tensors(op, k=k, v=v)
@@ -116,9 +139,14 @@ def check_cache(op: str, x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is None:
             raise ValueError(f"{op}: k_cache.dtype is {k_cache.dtype} but {name} is None; pass k_scale and v_scale "
-                             f"([{heads}] float32) or a cache of {x.dtype}")
-        if scale.shape != (heads,) or scale.dtype is not torch.float32:
-            raise invalid(op, name, f"{scale.dtype} {tuple(scale.shape)}", f"float32 ({heads},)")
+                             f"([{heads}] float32), or {list(cache[:3])} for a scale a token and head, or a cache of {x.dtype}")
+        if scale.dtype is not torch.float32 or scale.shape not in ((heads,), cache[:3]):
+            raise invalid(op, name, f"{scale.dtype} {tuple(scale.shape)}",
+                          f"float32 ({heads},), or {tuple(cache[:3])} for a scale a token and head")
+        if not scale.is_contiguous() and of_tokens(scale):
+            raise invalid(op, f"{name}.stride()", scale.stride(), "that of a contiguous tensor; scales of tokens are written in place")
+    if k_scale.dim() != v_scale.dim():
+        raise invalid(op, "k_scale.shape, v_scale.shape", (tuple(k_scale.shape), tuple(v_scale.shape)), "two alike")
 
 
 def check_pages(op: str, page_table: torch.Tensor, columns: torch.Tensor, pages: int) -> None:
@@ -132,7 +160,8 @@ def check_pages(op: str, page_table: torch.Tensor, columns: torch.Tensor, pages:
 
 def _sample(device: torch.device, dtype: torch.dtype, *, batch: int = 3, new: int = 1, kv_heads: int = 2, head_dim: int = 64,
             capacity: int = 48, page_size: int | None = None, cache_dtype: torch.dtype | None = None, first: int = -1,
-            index: torch.dtype = torch.int64, heads_first: bool = False, fused: bool = False) -> tuple[tuple, dict]:
+            index: torch.dtype = torch.int64, heads_first: bool = False, fused: bool = False,
+            tokens: bool = False) -> tuple[tuple, dict]:
     if fused:  # k and v as views of one QKV buffer, the way a fused projection leaves them
         k, v = randn((batch, new, 3 * kv_heads, head_dim), device, dtype)[:, :, kv_heads:].split(kv_heads, 2)
     else:
@@ -148,7 +177,7 @@ def _sample(device: torch.device, dtype: torch.dtype, *, batch: int = 3, new: in
     if heads_first:
         caches = [c.new_zeros(batch, kv_heads, capacity, head_dim).transpose(1, 2) for c in caches]
     if cache_dtype:
-        options |= {name: (torch.rand(kv_heads) * 0.02 + 0.01).to(device) for name in ("k_scale", "v_scale")}
+        options |= {name: (torch.rand(shape[:3] if tokens else kv_heads) * 0.02 + 0.01).to(device) for name in ("k_scale", "v_scale")}
     positions = torch.arange(new) + torch.tensor([first + 17 * row for row in range(batch)], dtype=torch.int64).unsqueeze(-1)
     return (k, v, *caches, positions.to(device, index)), options
 
@@ -165,6 +194,9 @@ def cases() -> Iterator[Case]:
         "int8": prefill | int8, "fp8": prefill | fp8, "odd_int8": prefill | int8 | {"head_dim": 59},
         "heads_first_fp8": fp8 | {"heads_first": True},
         "paged_int8": prefill | int8 | {"page_size": 16}, "paged_fp8": prefill | fp8 | {"page_size": 16},
+        "int8_tokens": int8 | {"tokens": True, "head_dim": 128, "kv_heads": 8}, "odd_fp8_tokens": prefill | fp8 | {
+            "tokens": True, "head_dim": 59},
+        "paged_int8_tokens": int8 | {"tokens": True, "page_size": 16, "new": 20, "first": -2},
         "empty_batch": {"batch": 0}, "no_tokens": {"new": 0},
     }
     for name, options in samples.items():

@@ -12,7 +12,7 @@ import torch
 
 from ftops.formula import attention_formula
 from ftops.op import Case, check_beside, check_tensors, debugging, invalid, register, straight
-from ftops.ops.append_kv import CACHE_8BIT, check_cache, check_pages, to_cache
+from ftops.ops.append_kv import CACHE_8BIT, check_cache, check_pages, of_tokens, to_cache, token_scales
 from ftops.ops.attention import MAX_HEAD_DIM, check_bias, check_options
 from ftops.ops.attention import _cpu as attention_cpu
 from ftops.samples import integers, randn
@@ -24,9 +24,10 @@ def _gather(cache: torch.Tensor, page_table: torch.Tensor | None, scale: torch.T
     """The cache as [B,S,Hkv,D] in `dtype`. A page outside the pool reads as zeros."""
     if page_table is not None:
         outside = _outside(page_table, cache)
-        cache = cache[page_table.long().masked_fill(outside, 0)]
+        pages = page_table.long().masked_fill(outside, 0)
+        cache, scale = cache[pages], scale[pages] if of_tokens(scale) else scale
     if scale is not None:
-        cache = (cache.float() * scale.view(-1, 1)).to(dtype)
+        cache = (cache.float() * scale.unsqueeze(-1)).to(dtype)
     cache = cache.to(dtype)
     return cache if page_table is None else cache.masked_fill(outside.view(*outside.shape, 1, 1, 1), 0).flatten(1, 2)
 
@@ -74,11 +75,13 @@ def _each_alone(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, l
         this = slice(row, row + 1)
         if page_table is None:
             k, v, table = k_cache[this, :length], v_cache[this, :length], None
+            k_scales, v_scales = (s[this, :length] if of_tokens(s) else s for s in (k_scale, v_scale))
         else:
             k, v, table = k_cache, v_cache, page_table[this, : -(-length // k_cache.shape[1])]
+            k_scales, v_scales = k_scale, v_scale
         keys = k.shape[1] * (1 if table is None else table.shape[1])
         out[this] = _cpu(q[this], k, v, lengths[this], table, scale, window, softcap, None if bias is None else bias[this, ..., :keys],
-                         alibi_slopes, k_scale, v_scale)
+                         alibi_slopes, k_scales, v_scales)
     return out
 
 
@@ -102,8 +105,9 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
 
     lengths[B] int32 counts the tokens in the cache, the new ones included, and is at most its capacity; 0 gives 0.
     The caches are [B,S,Hkv,D], or [pages,page_size,Hkv,D] with page_table[B,n] int32; in q's dtype, or int8 or float8_e4m3fn with
-    k_scale and v_scale[Hkv] float32. window: how many tokens to the left of itself a query sees (None: all). bias, in q's dtype or
-    float32, broadcasts to [B,H,T,S] and is added; -inf hides a key. scale (D ** -0.5), softcap and alibi_slopes as in `attention`.
+    k_scale and v_scale float32, a scale a head or a token and head, as of `append_kv`. window: how many tokens to the left of itself
+    a query sees (None: all). bias, in q's dtype or float32, broadcasts to [B,H,T,S] and is added; -inf hides a key. scale (D ** -0.5),
+    softcap and alibi_slopes as in `attention`.
     A page outside the pool is never read, and its keys are hidden; with FTOPS_DEBUG=1 one that the lengths reach is an error.
 
     fixed_split: keys a split (rounded up to the kernel's tile, 64 at most). A sequence's result then has the same bits whatever else is
@@ -145,7 +149,7 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
 def _sample(device: torch.device, dtype: torch.dtype, *, lengths: tuple[int, ...] = (1, 97, 200), new: int = 1, heads: int = 8,
             kv_heads: int = 2, head_dim: int = 64, capacity: int = 208, page_size: int | None = None,
             cache_dtype: torch.dtype | None = None, heads_first: bool = False, bias: tuple[int, ...] | None = None,
-            alibi: bool = False, **options: object) -> tuple[tuple, dict]:
+            alibi: bool = False, tokens: bool = False, **options: object) -> tuple[tuple, dict]:
     batch = len(lengths)
     q = randn((batch, new, heads, head_dim), device, dtype)
     caches = [randn((batch, capacity, kv_heads, head_dim), device, dtype) for _ in range(2)]
@@ -153,8 +157,14 @@ def _sample(device: torch.device, dtype: torch.dtype, *, lengths: tuple[int, ...
         for row, length in enumerate(lengths):
             cache[row, length:] = float("nan")
     if cache_dtype in CACHE_8BIT:
-        scales = [(torch.rand(kv_heads) * 0.02 + 0.02).to(device) for _ in range(2)]
-        caches = [to_cache(c.nan_to_num(3.0), cache_dtype, s) for c, s in zip(caches, scales, strict=True)]
+        if tokens:  # of values of which some are a thousand times others
+            caches = [c * (10 ** (3 * torch.rand(c.shape[:3]) - 1.5)).to(device, dtype).unsqueeze(-1) for c in caches]
+            caches[0] = caches[0] / 10
+            scales = [token_scales(c, cache_dtype) for c in caches]
+            caches = [to_cache(c.nan_to_num(3.0), cache_dtype, s.nan_to_num(1.0)) for c, s in zip(caches, scales, strict=True)]
+        else:
+            scales = [(torch.rand(kv_heads) * 0.02 + 0.02).to(device) for _ in range(2)]
+            caches = [to_cache(c.nan_to_num(3.0), cache_dtype, s) for c, s in zip(caches, scales, strict=True)]
         options |= {"k_scale": scales[0], "v_scale": scales[1]}
     if page_size:
         # Page order[i] holds what page i of the contiguous cache held; one page in front belongs to nobody.
@@ -162,6 +172,11 @@ def _sample(device: torch.device, dtype: torch.dtype, *, lengths: tuple[int, ...
         pools = [torch.zeros((len(order) + 1, page_size, kv_heads, head_dim), dtype=c.dtype, device=device) for c in caches]
         for pool, cache in zip(pools, caches, strict=True):
             pool[order.to(device)] = cache.view(-1, page_size, kv_heads, head_dim)
+        if tokens:
+            paged = [torch.ones(pools[0].shape[:3], device=device) for _ in range(2)]
+            for pool, given in zip(paged, scales, strict=True):
+                pool[order.to(device)] = given.view(-1, page_size, kv_heads)
+            options |= {"k_scale": paged[0], "v_scale": paged[1]}
         caches, options["page_table"] = pools, order.view(batch, -1).to(device, torch.int32)
     if heads_first:
         caches = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in caches]
@@ -190,6 +205,9 @@ def cases() -> Iterator[Case]:
         "paged_bias": {"page_size": 16, "bias": (3, 1, 1, 208)}, "int8": int8 | {"head_dim": 128}, "fp8": fp8 | {"head_dim": 128},
         "int8_new": int8 | {"new": 3, "lengths": (3, 97, 200)}, "odd_int8": int8 | {"head_dim": 59},
         "heads_first_fp8": fp8 | {"heads_first": True}, "paged_int8": int8 | {"page_size": 16}, "paged_fp8": fp8 | {"page_size": 16},
+        "int8_tokens": int8 | {"tokens": True, "head_dim": 128}, "fp8_tokens": fp8 | {"tokens": True, "window": 40, "softcap": 5.0},
+        "odd_int8_tokens": int8 | {"tokens": True, "head_dim": 59}, "fixed_tokens": fp8 | {"tokens": True, "fixed_split": 64},
+        "paged_int8_tokens": int8 | {"tokens": True, "page_size": 16, "new": 3, "lengths": (3, 97, 200), "heads": 16},
         "everything": {"page_size": 16, "new": 3, "lengths": (3, 97, 200), "window": 50, "softcap": 5.0, "bias": (1, 8, 1, 208),
                        "alibi": True, "scale": 0.2},
         "long": {"lengths": (3000, 4096), "capacity": 4096, "head_dim": 128},

@@ -63,7 +63,7 @@ def _cuda() -> Callable[..., Any]:
 ROTARY_APPEND = register(
     "rotary_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor? rotary_positions, "
     "Tensor cos, Tensor? sin, Tensor? q_norm, Tensor? k_norm, float eps, float norm_offset, bool interleaved, int rotary_dim, "
-    "Tensor? page_table, Tensor? k_scale, Tensor? v_scale) -> Tensor",
+    "Tensor? page_table, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> Tensor",
     cpu=_cpu, cuda=_cuda, fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device))
 _rotary_append = straight(ROTARY_APPEND)
 
@@ -111,7 +111,7 @@ def rotary_append(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: to
 def _sample(device: torch.device, dtype: torch.dtype, *, batch: int = 3, new: int = 1, heads: int = 4, kv_heads: int = 2,
             head_dim: int = 64, capacity: int = 48, first: int = 5, form: str = "token", index: torch.dtype = torch.int64,
             norms: str = "", page_size: int | None = None, cache_dtype: torch.dtype | None = None, packed: bool = True,
-            heads_first: bool = False, shifted: bool = False, **options: Any) -> tuple[tuple, dict]:
+            heads_first: bool = False, shifted: bool = False, tokens: bool = False, **options: Any) -> tuple[tuple, dict]:
     if packed:
         qkv = randn((batch, new, (heads + 2 * kv_heads) * head_dim), device, dtype).view(batch, new, heads + 2 * kv_heads, head_dim)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
@@ -126,7 +126,7 @@ def _sample(device: torch.device, dtype: torch.dtype, *, batch: int = 3, new: in
     if heads_first:
         caches = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in caches]
     if cache_dtype:
-        options |= {name: (torch.rand(kv_heads) * 0.02 + 0.02).to(device) for name in ("k_scale", "v_scale")}
+        options |= {name: (torch.rand(shape[:3] if tokens else kv_heads) * 0.02 + 0.02).to(device) for name in ("k_scale", "v_scale")}
     options |= {name: randn((head_dim,), device, dtype) for name in ("q_norm", "k_norm") if name[0] in norms}
     half = options.get("rotary_dim", head_dim) // 2
     inv_freq = 10000.0 ** (-torch.arange(half, dtype=torch.float32) / max(half, 1))
@@ -155,6 +155,9 @@ def cases() -> Iterator[Case]:
         "beyond": {"new": 20, "first": 40, "form": "table"}, "heads_first": prefill | {"packed": False, "heads_first": True},
         "paged_small": {"page_size": 3, "new": 20}, "fp8": prefill | fp8,
         "paged_int8": prefill | int8 | {"page_size": 16}, "many": {"new": 500, "capacity": 520, "heads": 6, "kv_heads": 3, "norms": "qk"},
+        "qwen3_int8_tokens": qwen3 | int8 | {"tokens": True, "page_size": 16, "kv_heads": 4}, "many_fp8_tokens": fp8 | {
+            "tokens": True, "new": 700, "capacity": 720, "heads": 8, "norms": "qk", "head_dim": 80, "rotary_dim": 32},
+        "odd_int8_tokens": prefill | int8 | {"tokens": True, "head_dim": 59, "rotary_dim": 22},
         "empty_batch": {"batch": 0, "packed": False}, "no_tokens": {"new": 0},
     }
     for name, options in samples.items():

@@ -71,7 +71,7 @@ def picked(name: str) -> Iterator[Spec]:
                     for kind in linear_sm90_config.COLUMNS for dtype in HALVES for rows in (17, 32, 64, 65, 128, 256, 257, 1024, 2048, 8192)
                     for features, depth in ((6144, 4096), (28672, 4096), (4096, 14336), (1, 8)) for multiprocessors in (132, 78))
     elif name == "rotary_append":
-        yield from (rotary_append.spec(rotary_append.Config(dtype, vec)) for dtype, _, vec in rows())
+        yield from (rotary_append.spec(rotary_append.Config(dtype, vec, tokens)) for dtype, _, vec in rows() for tokens in (False, True))
     elif name == "sample":
         yield from (sample.spec(sample.pick(dtype, vec)) for dtype, _, vec in rows())
     elif name == "dequantise":
@@ -97,6 +97,8 @@ def picked(name: str) -> Iterator[Spec]:
     elif name == "decode_attention":
         yield from (decode_mma.spec(decode_mma.pick(dtype, cache, dim, queries)) for dtype in HALVES
                     for cache in ("16-bit", "int8", "float8_e4m3fn") for dim in range(1, 257) for queries in range(1, 129))
+        yield from (decode_mma.spec(decode_mma.pick("bfloat16", cache, dim, queries, True)) for cache in ("int8", "float8_e4m3fn")
+                    for dim in range(1, 257) for queries in range(1, 129))
     else:
         raise AssertionError(f"say here which problems {name} is asked for")
 

@@ -204,7 +204,8 @@ def decode_attention(q, k_cache, v_cache, lengths, *, page_table=None, window=No
     for b, length in enumerate(lengths.tolist()):
         k, v = (_row(cache, b, page_table)[:length].to(q.dtype) for cache in (k_cache, v_cache))
         if k_scale is not None:
-            k, v = k * k_scale[:, None].to(q.dtype), v * v_scale[:, None].to(q.dtype)
+            k, v = (x * (scale if scale.dim() == 1 else _row(scale, b, page_table)[:length])[..., None].to(q.dtype)
+                    for x, scale in ((k, k_scale), (v, v_scale)))
         if bias is not None:
             full = torch.broadcast_to(bias, (*q.shape[:1], q.shape[2], q.shape[1], bias.shape[-1]))
             options["bias"] = full[b:b + 1, ..., :length]
@@ -235,7 +236,9 @@ def append_kv_slots(k, k_cache, positions, page_table):
 
 
 def assert_appended(k, k_cache, before, positions, page_table, scale):
-    """k_cache is `before` with k at its slots: bit for bit, or in 8 bits no farther from k than the nearest representable value."""
+    """k_cache is `before` with k at its slots: bit for bit, or in 8 bits no farther from k than the nearest representable value.
+
+    Scales of tokens are those with which the largest value of a head is the largest that there is."""
     slots = append_kv_slots(k, k_cache, positions, page_table)
     untouched = torch.ones(k_cache.shape[:2], dtype=torch.bool, device=k.device)
     if slots:
@@ -245,7 +248,11 @@ def assert_appended(k, k_cache, before, positions, page_table, scale):
         if scale is None:
             assert torch.equal(stored, wanted)
         else:
-            wanted = wanted / scale.double()[:, None]
+            if scale.dim() == 3:
+                scale = scale[pages, places]
+                measured = wanted.abs().amax(-1) / (127 if k_cache.dtype is torch.int8 else 448)
+                torch.testing.assert_close(scale.double(), measured, rtol=1e-6, atol=0)
+            wanted = wanted / scale.double()[..., None]
             if k_cache.dtype is torch.int8:
                 wanted = wanted.clamp(-127, 127)
                 nearest = wanted.round()
