@@ -47,13 +47,14 @@ class Engine(engine.Engine):
         blocks, narrow = [module._ftops.block for module in model.modules() if isinstance(module, FusedLayer)], cache_dtype(model)
         if cache_tokens is None:
             spec = blocks[0].spec
-            a_token = 2 * len(blocks) * spec.kv_heads * spec.head_dim * (narrow or model.dtype).itemsize
+            a_head = spec.head_dim * (narrow or model.dtype).itemsize + (0 if narrow is None else torch.float32.itemsize)  # and its scale
+            a_token = 2 * len(blocks) * spec.kv_heads * a_head
             memory = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else HOST
             cache_tokens = min(max_requests * -(-max_length // page_size) * page_size, int(SHARE * memory) // a_token)
         if cache_tokens < page_size:
             raise ValueError(f"Engine: cache_tokens is {cache_tokens}; allowed: {page_size}, which is one page, or more")
         self._model = model
-        decoder = PooledDecoder(model, blocks, cache_tokens // page_size, page_size, fixed(model), narrow is not None)
+        decoder = PooledDecoder(model, blocks, cache_tokens // page_size, page_size, fixed(model), narrow)
         super().__init__(decoder, max_requests, max_waiting, max_length, chunk)
 
     def submit(self, prompt_ids: Sequence[int] | torch.Tensor, *, return_logprobs: bool = False, **options: Any) -> Handle:
@@ -74,8 +75,6 @@ class Engine(engine.Engine):
 def _unfit(model: PreTrainedModel) -> str | None:
     """Why no engine can run a model that the generation loop could, or None."""
     blocks = [module._ftops.block for module in model.modules() if isinstance(module, FusedLayer)]
-    if cache_dtype(model) is torch.int8:
-        return "the scales of a cache of int8 are those of one prompt, and pages are of many; patch it with kv_cache=\"fp8\", or without"
     if model.training:
         return "it is in training mode; call model.eval()"
     if len({parameter.device for parameter in model.parameters()}) > 1:

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 from ftops import ops
 from ftops.block import Attend, Block, BlockSpec, Slots
 from ftops.engine import Prompts
-from ftops.integrations.transformers.narrow import Narrow, of_any_prompt, scales
+from ftops.integrations.transformers.narrow import widened
 
 
 @dataclass
@@ -25,12 +25,17 @@ class Pass:
 
 
 class PooledLayer(DynamicLayer):
-    """Keys and values k, v [P,page_size,Hkv,D] of many requests. Only a fused layer can use it, by `kept`. narrow: as in a FixedLayer."""
+    """Keys and values k, v [P,page_size,Hkv,D] of many requests, and if they are of 8 bits k_scale, v_scale [P,page_size,Hkv]. Only a fused
+    layer can use it, by `kept`."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, spec: BlockSpec, now: Pass, narrow: Narrow | None) -> None:
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor] | None, spec: BlockSpec,
+                 now: Pass) -> None:
         super().__init__()
-        self.k, self.v, self._spec, self._now, self._narrow = k, v, spec, now, narrow
-        self._flat = k.flatten(0, 1)[None], v.flatten(0, 1)[None]  # views, with a slot of the pool for a position
+        self.k, self.v, self._spec, self._now = k, v, spec, now
+        self.scales = {} if scales is None else dict(zip(("k_scale", "v_scale"), scales, strict=True))
+        # Views, with a slot of the pool for a position.
+        self._flat = k.flatten(0, 1)[None], v.flatten(0, 1)[None]
+        self._flat_scales = {name: scale.flatten(0, 1)[None] for name, scale in self.scales.items()}
         self.is_initialized = True
 
     def kept(self) -> Slots | Attend:
@@ -38,7 +43,7 @@ class PooledLayer(DynamicLayer):
         now = self._now
         if now.prompts is not None:
             return self._read
-        return Slots(self.k, self.v, now.places, now.lengths, page_table=now.page_table, **scales(self._narrow))
+        return Slots(self.k, self.v, now.places, now.lengths, page_table=now.page_table, **self.scales)
 
     def _read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q[1,T,H,D], k and v[1,T,Hkv,D] of parts of prompts.
@@ -47,10 +52,11 @@ class PooledLayer(DynamicLayer):
         is little, and `attention_varlen` then needs no pages. In 8 bits too, so that nothing hangs on how a prompt is cut into parts.
         """
         prompts, spec = self._now.prompts, self._spec
-        ops.append_kv(k, v, *self._flat, prompts.slots[None], **scales(self._narrow))
+        ops.append_kv(k, v, *self._flat, prompts.slots[None], **self._flat_scales)
         keys, values = (flat[0].index_select(0, prompts.kept) for flat in self._flat)
-        if self._narrow is not None:
-            keys, values = self._narrow.widened(keys, values, q.dtype)
+        if self.scales:
+            k_scale, v_scale = (flat[0].index_select(0, prompts.kept) for flat in self._flat_scales.values())
+            keys, values = widened(keys, k_scale, q.dtype), widened(values, v_scale, q.dtype)
         return ops.attention_varlen(q[0], keys, values, prompts.starts_q, prompts.starts_kv, prompts.longest_q, prompts.longest_kv,
                                     causal=True, scale=spec.scale, window=None if spec.window is None else (spec.window, -1))[None]
 
@@ -66,19 +72,21 @@ class PooledLayer(DynamicLayer):
 
 
 class PooledDecoder:
-    """`pages` pages of `page_size` tokens for a model whose layers are these blocks. narrow: that keys and values are kept in 8 bits."""
+    """`pages` pages of `page_size` tokens for a model whose layers are these blocks. narrow: None, or the dtype of 8 bits in which keys
+    and values are kept, each head of a token with its own scale, so that no request has to do with another's."""
 
-    def __init__(self, model: PreTrainedModel, blocks: list[Block], pages: int, page_size: int, capturable: bool, narrow: bool) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: list[Block], pages: int, page_size: int, capturable: bool,
+                 narrow: torch.dtype | None) -> None:
         self._model, self.device, self.capturable = model, model.device, capturable
         self.words = model.config.get_text_config(decoder=True).vocab_size
         self.pages, self.page_size, self._now = pages, page_size, Pass()
         spec = blocks[0].spec
         with torch.inference_mode(False), torch.no_grad():
-            kept = [of_any_prompt(block) if narrow else None for block in blocks]
             # Zeros: what lies behind the end of a row is hidden by a weight of 0, and 0 times what memory may hold could be NaN.
             pool = torch.zeros((len(blocks), 2, pages, page_size, spec.kv_heads, spec.head_dim), device=model.device,
-                               dtype=kept[0].dtype if narrow else model.dtype)
-        self._cache = Cache(layers=[PooledLayer(*pool[index], block.spec, self._now, kept[index]) for index, block in enumerate(blocks)])
+                               dtype=narrow or model.dtype)
+            scales = [None] * len(blocks) if narrow is None else torch.ones(pool.shape[:-1], device=model.device)
+        self._cache = Cache(layers=[PooledLayer(*pool[index], scales[index], block.spec, self._now) for index, block in enumerate(blocks)])
 
     def step(self, tokens: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
         now = self._now

@@ -266,8 +266,6 @@ def test_an_engine_that_cannot_be():
         ftops.Engine(ftops.patch(tiny("bert")))
     with pytest.raises(ValueError, match=r"it is in training mode; call model.eval\(\)"):
         ftops.Engine(small().train())
-    with pytest.raises(ValueError, match="the scales of a cache of int8 are those of one prompt"):
-        ftops.Engine(ftops.patch(tiny("llama"), kv_cache="int8"))
     for options, message in (({"chunk": 0}, "chunk is 0; allowed: 1 or more"),
                              ({"max_length": 200}, "max_length is 200; allowed: 1 to 128"),
                              ({"cache_tokens": 8}, "cache_tokens is 8; allowed: 16, which is one page, or more")):
