@@ -7,7 +7,7 @@
     mlp(n) = down(act(gate(n)) * up(n)) if gated, else down(act(up(n)))
 
 Each residual sum is one pass with the norm that follows it, or with the linear before it; q, k, v are one linear, and so are gate and up.
-With few rows of x a pre-norm block hands its RMS norms to the linears behind them.
+A pre-norm block hands its RMS norms to the linears behind them where that is faster.
 """
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from ftops.quant import FORMATS, QuantizedWeight
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 GATED = {kind: gated for gated, kind in GLU.items()}
 Freqs = tuple[torch.Tensor, torch.Tensor]
-# Rows of x up to which a block's RMS norms are part of the linears behind them, by the format of the weights; of others none. A step of
-# Llama-3.1-8B on an H100: bfloat16 5.386 ms and 5.432 with norms of their own, int4 2.284 and 2.337, int8 3.318 and 3.277. Up to 16 rows
-# can be; more than one have not been timed.
-NORMED_ROWS: dict[str | None, int] = {None: 1, "int4": 1}
+# From how many rows of x to how many a block's RMS norms are part of the linears behind them, by the format of the weights; of others
+# never. One row, a step of Llama-3.1-8B on an H100: bfloat16 5.386 ms and 5.432 with norms of their own, int4 2.284 and 2.337, int8 3.318
+# and 3.277. More than one, up to the 16 that can be, have not been timed. Rows that are rounded to eight bits are so in the pass of their
+# norm, which then writes a byte a value where it wrote two and read them again.
+NORMED_ROWS: dict[str | None, tuple[int, int]] = {None: (0, 1), "int4": (0, 1), "fp8": (65, 1 << 31), "w8a8": (65, 1 << 31)}
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Block:
         if self.spec.order == "post":
             h, _ = self._norm(w.norm1, self._attention(x, attend, positions, freqs), residual=x)
             return self._norm(w.norm2, self._mlp(h), residual=h)[0]
-        if self.spec.order == "pre" and self.spec.norm == "rms" and x.numel() <= NORMED_ROWS.get(w.qkv.format, 0) * x.shape[-1]:
+        if self.spec.order == "pre" and self.spec.norm == "rms" and self._norms_within(x):
             h = self._attention(x, attend, positions, freqs, residual=x, norm=w.norm1.weight)
             return self._mlp(h, residual=h, norm=w.norm2.weight)
         n = self._norm(w.norm1, x)
@@ -127,6 +128,10 @@ class Block:
             return self._mlp(n, residual=self._attention(n, attend, positions, freqs, residual=x))
         n, h = self._norm(w.norm2, self._attention(n, attend, positions, freqs), residual=x)
         return self._mlp(n, residual=h)
+
+    def _norms_within(self, x: torch.Tensor) -> bool:
+        least, most = NORMED_ROWS.get(self.weights.qkv.format, (1, 0))
+        return least * x.shape[-1] <= x.numel() <= most * x.shape[-1]
 
     def _norm(self, norm: Norm, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if self.spec.norm == "rms":

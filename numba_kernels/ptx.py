@@ -270,6 +270,7 @@ FMA_PAIR = {dtype: ptx(f"fma_pair_{dtype}", f"fma.rn.{kind}x2 $0, $1, $2, $3;", 
 # float32 arithmetic. Python literals are float64 in Numba: constants are written np.float32(...), and division is `reciprocal`.
 fma = ptx("fma", "fma.rn.f32 $0, $1, $2, $3;", "f", "fff", pure=True)
 maximum = ptx("maximum", "max.f32 $0, $1, $2;", "f", "ff", pure=True)
+maximum_nan = ptx("maximum_nan", "max.NaN.f32 $0, $1, $2;", "f", "ff", pure=True)  # NaN if one of both is
 minimum = ptx("minimum", "min.f32 $0, $1, $2;", "f", "ff", pure=True)
 exp2 = ptx("exp2", "ex2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
 log2 = ptx("log2", "lg2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)

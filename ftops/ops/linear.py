@@ -113,15 +113,16 @@ def make_many_rows() -> Callable[..., torch.Tensor]:
 
 
 def make_narrow(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """narrow(x, smooth, values, scales, bias, activation, residual): x, or x / smooth, is rounded to values' `dtype`, a scale a row, and
-    multiplied by the kernel for many rows on Hopper. picked: as its launch has it."""
+    """narrow(x, smooth, values, scales, bias, activation, residual, norm, eps): x, by its norm and by smooth where there are, is rounded to
+    values' `dtype`, a scale a row, in one kernel, and multiplied by the one for many rows on Hopper. picked: as its launch has it."""
     from ftops.numba_kernels.linear_sm90_launch import GATED_ROWS, launch_narrow
     from ftops.numba_kernels.quantise_rows import launch as quantise
     run = with_gate(launch_narrow, GATED_ROWS)
 
     def narrow(x: torch.Tensor, smooth: torch.Tensor | None, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
-               activation: str | None, residual: torch.Tensor | None, **picked: Any) -> torch.Tensor:
-        x8, x_scales = quantise(x, dtype, smooth)
+               activation: str | None, residual: torch.Tensor | None, norm: torch.Tensor | None = None, eps: float = 0.0,
+               **picked: Any) -> torch.Tensor:
+        x8, x_scales = quantise(x, dtype, smooth, norm, eps)
         y = run(values.shape[0], x8, x_scales, x.dtype, values, scales, bias, activation, residual, **picked)
         return y.view(*x.shape[:-1], -1)
     return narrow

@@ -43,25 +43,24 @@ def _cuda() -> Callable[..., Any]:
     from ftops.numba_kernels.linear import serves
     from ftops.numba_kernels.linear_sm90_launch import can_serve, left_to_others
     from ftops.numba_kernels.linear_sm90_launch import serves as serves_many
-    few_rows, many_rows, narrow, narrow_library = make_few_rows(), make_many_rows(), make_narrow(FP8), make_narrow_library()
+    few_rows, narrow, narrow_library = make_few_rows(), make_narrow(FP8), make_narrow_library()
+    many_rows, written_out = after_norm(make_many_rows()), after_norm(_library)
 
-    def many(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
-             residual: torch.Tensor | None) -> torch.Tensor:
+    def many(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
         N, width = values.shape
         beyond, refused = x.numel() > MAX_ROWS * x.shape[-1], (N | width) % 16 or not values.is_contiguous()
         if not beyond and serves_many(x, values):
-            return many_rows(x, values, scales, bias, activation, residual)
+            return many_rows(x, values, scales, *rest)
         # What the library refuses ours multiplies in 8 bits too: 5000x2064, 256 rows, written out took 107 us on an H100 and cuBLAS 15.
         if beyond and (serves_many(x, values, narrow=True) or (refused and can_serve(x, values))):
-            return narrow(x, None, values, scales, bias, activation, residual)
+            return narrow(x, None, values, scales, *rest)
         if refused or x.dtype is torch.float32 or not x.numel() or not multiplies_fp8(x.device):
-            return _library(x, values, scales, bias, activation, residual)
-        return narrow_library(x, None, values, scales, bias, activation, residual)
-    others = after_norm(many)
+            return written_out(x, values, scales, *rest)
+        return narrow_library(x, None, values, scales, *rest)
 
     def linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
         few = serves(x, values, left_to_others("e4m3", MAX_ROWS, x.device.index))
-        return (few_rows if few else others)(x, values, scales, *rest)
+        return (few_rows if few else many)(x, values, scales, *rest)
     return linear
 
 
@@ -71,13 +70,14 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 
 def make_narrow_library() -> Callable[..., torch.Tensor]:
-    """narrow(x, None, values, scales, bias, activation, residual): x rounded to e4m3, and the library's product."""
+    """narrow(x, None, values, scales, bias, activation, residual, norm, eps): x, normed, rounded to e4m3, and the library's product."""
     from ftops.numba_kernels.quantise_rows import launch as quantise
 
-    def narrow(x: torch.Tensor, smooth: None, values: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
-        x8, x_scales = quantise(x, FP8, smooth)
+    def narrow(x: torch.Tensor, smooth: None, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
+               activation: str | None, residual: torch.Tensor | None, norm: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
+        x8, x_scales = quantise(x, FP8, smooth, norm, eps)
         y = torch._scaled_mm(x8, values.t(), scale_a=x_scales.unsqueeze(1), scale_b=scales.unsqueeze(0), out_dtype=torch.bfloat16)
-        return followed(y.to(x.dtype).view(*x.shape[:-1], -1), *rest)
+        return followed(y.to(x.dtype).view(*x.shape[:-1], -1), bias, activation, residual)
     return narrow
 
 
@@ -93,7 +93,8 @@ def linear_fp8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias
 
     values: float8_e4m3fn without NaN; scales: float32; x, bias and residual of one dtype (float32, float16, bfloat16; sums in float32).
     values may have more columns than x, to the next multiple of 16, which are zeros. More than 64 rows of x are rounded to e4m3 on
-    GPUs that multiply it. norm[K]: x is first `ops.rms_norm(x, norm, eps)`, as in `linear`. Raises ValueError.
+    GPUs that multiply it. norm[K]: x is first `ops.rms_norm(x, norm, eps)`, as in `linear`, or in the pass that rounds it, without being
+    rounded to its own dtype between. Raises ValueError.
     """
     check_8bit("linear_fp8", FP8, x, values, scales, bias, activation, residual, norm)
     return _linear_fp8(x, values, scales, bias, activation, residual, norm, eps)

@@ -13,7 +13,7 @@ import torch
 
 from ftops.op import Case, check_beside, invalid, register, straight
 from ftops.ops.gated_activation import GLU
-from ftops.ops.linear import after_norm, columns, fake, followed, make_narrow, normed, reference_normed
+from ftops.ops.linear import columns, fake, followed, make_narrow, normed, reference_normed
 from ftops.ops.linear_w8a16 import LINEAR_W8A16, MAX_ROWS, check_8bit
 from ftops.ops.linear_w8a16 import reference as w8a16_reference
 from ftops.packing import described
@@ -51,24 +51,24 @@ def _cuda() -> Callable[..., Any]:
         if serves_many(x, values, narrow=True):
             return narrow(x, smooth, values, scales, *rest)
         if (N | width) % 16 or not values.is_contiguous():
-            return LINEAR_W8A16(smoothed(x, smooth), values, scales, *rest, None, 0.0)
+            return _w8a16(x, values, scales, smooth, *rest)
         return narrow_library(x, smooth, values, scales, *rest)
-    others = after_norm(many)
 
     def linear(x: torch.Tensor, *given: Any) -> torch.Tensor:
         few = x.numel() <= MAX_ROWS * x.shape[-1] or x.dtype is torch.float32
-        return (_w8a16 if few else others)(x, *given)
+        return (_w8a16 if few else many)(x, *given)
     return linear
 
 
 def make_narrow_library() -> Callable[..., torch.Tensor]:
-    """narrow(x, smooth, values, scales, bias, activation, residual): x / smooth rounded to int8, and the library's product."""
+    """narrow(x, smooth, values, scales, bias, activation, residual, norm, eps): x, by its norm and by smooth, rounded to int8, and the
+    library's product."""
     from ftops.numba_kernels.quantise_rows import launch as quantise
     from ftops.numba_kernels.scale_product import launch as scale_product
 
     def narrow(x: torch.Tensor, smooth: torch.Tensor | None, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
-               activation: str | None, residual: torch.Tensor | None) -> torch.Tensor:
-        x8, x_scales = quantise(x, torch.int8, smooth)
+               activation: str | None, residual: torch.Tensor | None, norm: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
+        x8, x_scales = quantise(x, torch.int8, smooth, norm, eps)
         product, late = torch._int_mm(x8, values.t()), activation in GLU
         y = scale_product(product, x_scales, scales, x.dtype, bias, None if late else activation, None if late else residual)
         y = y.view(*x.shape[:-1], -1)
@@ -88,7 +88,8 @@ def linear_w8a8(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, smo
 
     values: int8; scales, smooth: float32; x, bias and residual of one dtype (float32, float16, bfloat16). values may have more columns
     than x, to the next multiple of 16, which are zeros. On a GPU more than 64 rows of x, in 16 bits, are rounded to int8, one scale a
-    row; before Hopper if N is a multiple of 16. norm[K]: x is first `ops.rms_norm(x, norm, eps)`, as in `linear`. Raises ValueError.
+    row; before Hopper if N is a multiple of 16. norm[K]: x is first `ops.rms_norm(x, norm, eps)`, as in `linear`, or in the pass that
+    rounds it, without being rounded to its own dtype between. Raises ValueError.
     """
     check_8bit("linear_w8a8", torch.int8, x, values, scales, bias, activation, residual, norm)
     check_beside("linear_w8a8", x.device, smooth=smooth)
@@ -122,4 +123,5 @@ def cases() -> Iterator[Case]:
     yield case("norm_gated", (16, 768), 96, activation="swiglu", norm=True)
     yield case("norm_smooth", (3, 256), 64, smooth=True, norm=True)
     yield case("norm_many", (70, 256), 64, residual=True, norm=True)
+    yield case("norm_smooth_many", (5, 20, 200), 80, smooth=True, norm=True)
     yield case("empty", (0, 64), 8, bias=True)

@@ -95,6 +95,17 @@ def test_operators_of_a_layer_whose_norms_are_within_linears(family, quant, monk
         assert all(name.startswith("ftops::") for name in names) and len(names) == 6, names
 
 
+@pytest.mark.parametrize("quant", ["w8a8", "fp8"])
+@torch.inference_mode()
+def test_norms_of_rows_that_are_rounded_are_within_linears(quant):
+    """Rows of a prompt are read once for norm and rounding; the one norm that is left is the model's last."""
+    model, ids = ftops.patch(tiny("llama"), quant=quant), prompt(batch=2, length=40)[0]
+    for rows, norms in ((80, 1), (64, 1 + 2 * model.config.num_hidden_layers)):
+        with operators(names := []):
+            model(ids.view(-1)[:rows].view(2, -1), use_cache=False)
+        assert sum("rms_norm" in name for name in names) == norms, names
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("quant", [None, "int8"])
 @torch.inference_mode()

@@ -57,7 +57,7 @@ def test_prompt_without_mask_or_cache(family, device, dtype):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_norms_within_linears(family, device, dtype, monkeypatch):
     """Of few rows, in the pass of the linear behind."""
-    monkeypatch.setattr(block, "NORMED_ROWS", dict.fromkeys((None, "int8", "int4"), 16))
+    monkeypatch.setattr(block, "NORMED_ROWS", dict.fromkeys((None, "int8", "int4"), (0, 16)))
     ids = prompt(length=8)[0].to(device)
     check(family, device, dtype, lambda model: model(ids, use_cache=False).logits)
 
