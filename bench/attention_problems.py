@@ -23,6 +23,9 @@ ROWS = 64  # queries at the end of which an exact result is computed
 # B, H, Hkv, S, D, causal
 PREFILL = [(4, 16, 16, 4096, 128, True), (1, 32, 8, 16384, 128, True), (4, 16, 16, 4096, 128, False), (2, 32, 32, 4096, 64, True),
            (8, 16, 16, 2048, 256, True), (32, 12, 12, 384, 64, False), (16, 32, 8, 128, 128, True)]
+# B, H, Hkv, S, D, the newest tokens that are queries: a piece of a prompt, or what a conversation goes on with
+CHUNKS = [(1, 32, 8, 16384, 128, 64), (1, 32, 8, 16384, 128, 256), (1, 32, 8, 65536, 128, 32), (1, 32, 8, 2048, 128, 128),
+          (4, 32, 8, 16384, 128, 32), (8, 32, 8, 2048, 128, 64), (1, 16, 16, 16384, 128, 64), (1, 32, 8, 16384, 64, 64)]
 # B, H, Hkv, context, D, page size, dtype of the cache
 BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 SCALES = {INT8: 4 / 127, FP8: 4 / 448}  # of keys and values in 8 bits: normal ones stay below 4 but for one in 16,000, which is cut off
@@ -45,6 +48,7 @@ if small_sizes():
     DECODE, PAGED, CACHE_8BIT = ([(4, 8, 2, 256, 64, page_size, dtype)] for page_size, dtype in ((None, BF16), (16, BF16), (None, INT8)))
     CACHE_8BIT = [*CACHE_8BIT, (4, 8, 2, 256, 64, 16, INT8, True)]
     VARLEN = [(4, 64, 4, 64)]
+    CHUNKS = [(2, 8, 2, 128, 64, 20)]
     PREFILL_FP8 = [(1, 4, 2, 128, 128, True)]
 
 
@@ -74,14 +78,15 @@ def flex(causal: bool = False) -> dict[str, Run]:
         return {}
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
     fused = torch.compile(flex_attention, dynamic=False)
-    masks: dict[int, BlockMask] = {}
+    masks: dict[tuple[int, int], BlockMask] = {}
 
     def run(i: SimpleNamespace) -> torch.Tensor:
         q, k, v = (t.transpose(1, 2) for t in (i.q, i.k, i.v))
-        length = q.shape[2]
-        if causal and length not in masks:
-            masks[length] = create_block_mask(lambda b, h, row, column: row >= column, None, None, length, length, device=q.device)
-        return fused(q, k, v, block_mask=masks.get(length), enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+        queries, keys = lengths = q.shape[2], k.shape[2]
+        if causal and lengths not in masks:
+            masks[lengths] = create_block_mask(lambda b, h, row, column: row + (keys - queries) >= column, None, None, *lengths,
+                                               device=q.device)
+        return fused(q, k, v, block_mask=masks.get(lengths), enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
     return {"FlexAttention": run}
 
@@ -98,21 +103,49 @@ def flashinfer(batch: int, heads: int, kv_heads: int, length: int, head_dim: int
     return {"FlashInfer, fp8" if dtype is FP8 else "FlashInfer": run}
 
 
+def last_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Exact attention of the last ROWS queries of the first sequence."""
+    q, k, v = q[:1, -ROWS:].float(), k[:1].float(), v[:1].float()
+    positions = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device).unsqueeze(0)
+    return attention_formula(q, k, v, positions, causal=causal, scale=q.shape[3] ** -0.5, window=(-1, -1))
+
+
 def prefill(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, causal: bool) -> Problem:
     def make(device: torch.device) -> SimpleNamespace:
         return SimpleNamespace(q=randn(batch, length, heads, head_dim, device=device),
                                **{name: randn(batch, length, kv_heads, head_dim, device=device) for name in "kv"})
 
-    def expected(i: SimpleNamespace) -> torch.Tensor:
-        positions = torch.arange(length - min(ROWS, length), length, device=i.q.device).unsqueeze(0)
-        return attention_formula(i.q[:1, -ROWS:].float(), i.k[:1].float(), i.v[:1].float(), positions, causal=causal,
-                                 scale=head_dim ** -0.5, window=(-1, -1))
-
     pairs = batch * heads * length * length / (2 if causal else 1)
     return Problem("attention", f"{batch},{heads},{kv_heads},{length},{head_dim} {'causal' if causal else 'full'}", make,
                    {OURS: lambda i: ops.attention(i.q, i.k, i.v, causal=causal), **peers(is_causal=causal), **flex(causal),
-                    **flashinfer(batch, heads, kv_heads, length, head_dim, causal, BF16)}, expected,
+                    **flashinfer(batch, heads, kv_heads, length, head_dim, causal, BF16)},
+                   lambda i: last_rows(i.q, i.k, i.v, causal),
                    lambda out, i: out[:1, -ROWS:], 2 * 2 * batch * length * (heads + kv_heads) * head_dim, 4 * pairs * head_dim)
+
+
+def chunk(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, queries: int) -> Problem:
+    """The last `queries` tokens of sequences, causal. PyTorch's flash kernel is told that the triangle ends at the last key, cuDNN's by a
+    mask."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    def make(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(q=randn(batch, queries, heads, head_dim, device=device),
+                               mask=torch.ones(queries, length, dtype=torch.bool, device=device).tril_(length - queries),
+                               **{name: randn(batch, length, kv_heads, head_dim, device=device) for name in "kv"})
+
+    def flash(i: SimpleNamespace) -> torch.Tensor:
+        given = SimpleNamespace(q=i.q, k=i.k, v=i.v, mask=causal_lower_right(queries, length))
+        return sdpa(BACKENDS["SDPA flash"])(given)
+
+    sides = {OURS: lambda i: ops.attention(i.q, i.k, i.v, causal=True)}
+    if small_sizes():
+        sides["SDPA"] = sdpa(None)
+    else:
+        sides |= {"SDPA flash": flash, "SDPA cuDNN": sdpa(BACKENDS["SDPA cuDNN"]), **flex(causal=True)}
+    pairs = batch * heads * (queries * length - queries * (queries - 1) / 2)
+    return Problem("attention", f"{batch},{heads},{kv_heads},{length},{head_dim} last {queries}", make, sides,
+                   lambda i: last_rows(i.q, i.k, i.v, True), lambda out, i: out[:1, -ROWS:],
+                   4 * batch * head_dim * (queries * heads + length * kv_heads), 4 * pairs * head_dim, group="attention, last tokens")
 
 
 def prefill_fp8(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, causal: bool) -> Problem:
@@ -124,9 +157,7 @@ def prefill_fp8(batch: int, heads: int, kv_heads: int, length: int, head_dim: in
         return i
 
     def expected(i: SimpleNamespace) -> torch.Tensor:
-        positions = torch.arange(length - min(ROWS, length), length, device=i.q.device).unsqueeze(0)
-        q, k, v = (values[:1].float() * scale.unsqueeze(-1) for values, scale in zip(i.narrow, i.scales, strict=True))
-        return attention_formula(q[:, -ROWS:], k, v, positions, causal=causal, scale=head_dim ** -0.5, window=(-1, -1))
+        return last_rows(*(values[:1].float() * scale.unsqueeze(-1) for values, scale in zip(i.narrow, i.scales, strict=True)), causal)
 
     pairs = batch * heads * length * length / (2 if causal else 1)
     return Problem("attention_fp8", f"{batch},{heads},{kv_heads},{length},{head_dim} {'causal' if causal else 'full'}", make,
@@ -235,5 +266,6 @@ def varlen(batch: int, longest: int, heads: int, head_dim: int) -> Problem:
                    4 * heads * head_dim * float((lengths ** 2).sum()))
 
 
-PROBLEMS = [*(prefill(*shape) for shape in PREFILL), *(prefill_fp8(*shape) for shape in PREFILL_FP8),
+PROBLEMS = [*(prefill(*shape) for shape in PREFILL), *(chunk(*shape) for shape in CHUNKS),
+            *(prefill_fp8(*shape) for shape in PREFILL_FP8),
             *(varlen(*shape) for shape in VARLEN), *(decode(*shape) for shape in (*DECODE, *PAGED, *CACHE_8BIT))]

@@ -127,4 +127,5 @@ def test_bytes_and_operations_of_known_problems():
     assert attention_problems.decode(64, 32, 8, 4096, 128, None, torch.int8).bytes == pytest.approx(0.537e9, rel=0.01)
     assert attention_problems.prefill(4, 16, 16, 4096, 128, False).flops == 2 * 2 * 4 * 16 * 4096 ** 2 * 128
     assert attention_problems.prefill(4, 16, 16, 4096, 128, True).flops == 2 * 4 * 16 * 4096 ** 2 * 128
+    assert attention_problems.chunk(1, 2, 1, 100, 64, 3).flops == 4 * 2 * (98 + 99 + 100) * 64
     assert row_problems.norm("rms_norm", 65536, 4096, True).bytes == 4 * 65536 * 4096 * 2

@@ -8,14 +8,15 @@ import pytest
 
 from ftops.numba_kernels import attention_sm90_config, attention_sm90_load
 
+DIVIDE = SimpleNamespace(div_u32=lambda a, b: np.uint32(int(a) // int(b)))
+
 
 @pytest.mark.parametrize("tiles", [1, 3, 8])
 @pytest.mark.parametrize(("batches", "heads"), [(1, 1), (1, 9), (5, 7), (4, 16)])
 @pytest.mark.parametrize("section", [1, 2, 8, 16, 64])
 @np.errstate(over="ignore")
 def test_every_tile_once_and_nothing_after(monkeypatch, tiles, batches, heads, section):
-    divide = SimpleNamespace(div_u32=lambda a, b: np.uint32(int(a) // int(b)))
-    monkeypatch.setattr(attention_sm90_load, "ptx", divide)
+    monkeypatch.setattr(attention_sm90_load, "ptx", DIVIDE)
     pairs = batches * heads
     section = min(section, pairs)
     walk = [attention_sm90_load.dense_tile.py_func(*(np.uint32(n) for n in (index, tiles, heads, pairs, section)))
@@ -26,6 +27,17 @@ def test_every_tile_once_and_nothing_after(monkeypatch, tiles, batches, heads, s
     for start in range(0, pairs, section):  # within a section, whose keys stay in L2, the longest tiles come first
         part = [int(tile) for _, _, tile in there[tiles * start : tiles * min(start + section, pairs)]]
         assert part == sorted(part)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7, 16])
+def test_every_key_in_one_part(monkeypatch, parts):
+    """Tiles of keys from the last to the first, whatever their number; no part has two more than another."""
+    monkeypatch.setattr(attention_sm90_load, "ptx", DIVIDE)
+    for count in (0, 1, 6, 16, 129):
+        shares = [tuple(map(int, attention_sm90_load.share_of.py_func(*map(np.uint32, (count, part, parts))))) for part in range(parts)]
+        assert [passed for passed, _ in shares] == [sum(mine for _, mine in shares[:part]) for part in range(parts)]
+        assert sum(mine for _, mine in shares) == count
+        assert max(mine for _, mine in shares) - min(mine for _, mine in shares) <= 1
 
 
 @pytest.mark.parametrize(("queries", "keys", "short"), [(128, 128, True), (256, 256, True), (384, 384, False), (512, 512, True),
