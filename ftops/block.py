@@ -118,8 +118,8 @@ class Block:
         """The layer's output [B,S,N] for x[B,S,N]; positions[B,S] and freqs as in `ops.rotary`. float32, float16 or bfloat16."""
         w = self.weights
         if self.spec.order == "post":
-            h, _ = self._norm(w.norm1, self._attention(x, attend, positions, freqs), residual=x)
-            return self._norm(w.norm2, self._mlp(h), residual=h)[0]
+            h = self._norm_of_sum(w.norm1, self._attention(x, attend, positions, freqs), x)
+            return self._norm_of_sum(w.norm2, self._mlp(h), h)
         if self.spec.order == "pre" and self.spec.norm == "rms" and self._norms_within(x):
             h = self._attention(x, attend, positions, freqs, residual=x, norm=w.norm1.weight)
             return self._mlp(h, residual=h, norm=w.norm2.weight)
@@ -137,6 +137,11 @@ class Block:
         if self.spec.norm == "rms":
             return ops.rms_norm(x, norm.weight, self.spec.eps, residual=residual)
         return ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps, residual=residual)
+
+    def _norm_of_sum(self, norm: Norm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if self.spec.norm == "rms":
+            return self._norm(norm, x, residual)[0]
+        return ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps, residual=residual, return_sum=False)
 
     def _attention(self, x: torch.Tensor, attend: Attend | Slots, positions: torch.Tensor | None, freqs: Freqs | None,
                    residual: torch.Tensor | None = None, norm: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A group of threads a row, see row_tile.py. The variance is that of the centred values, from the registers: s * s would lose rows far
 from zero.
-Floor: (reads of x and residual + writes of y and s) / copy bandwidth.
+Floor: (reads of x and residual + writes of y and, where it is kept, s) / copy bandwidth.
 """
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ def make(config: Config) -> Callable:
         residual_at, sum_at = residual_gl, sum_gl
         if residual_gl != np.uint64(0):
             residual_at += np.uint64((row * residual_stride + first) * item)
+        if sum_gl != np.uint64(0):
             sum_at += np.uint64((row * length + first) * item)
         weight_at, bias_at = weight_gl + np.uint64(first * item), bias_gl + np.uint64(first * item)
         words = cuda.local.array(kept, np.uint32)
@@ -149,10 +150,11 @@ def _kernel(dtype: torch.dtype, length: int, vec: int, device: int) -> tuple[Ker
 
 
 def launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
-           eps: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+           eps: float, keep_sum: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, x + residual); without keep_sum or a residual y alone."""
     length = x.shape[-1]
     y = empty_like(x)
-    total = None if residual is None else empty_like(y)
+    total = None if residual is None or not keep_sum else empty_like(y)
     if x.numel() == 0:
         return y, total
     x, x_stride = rows_of(x)
@@ -160,7 +162,7 @@ def launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor 
     residual_at = residual_stride = total_at = weight_at = bias_at = 0
     if residual is not None:
         residual, residual_stride = rows_of(residual)
-        residual_at, total_at = residual.data_ptr(), total.data_ptr()
+        residual_at, total_at = residual.data_ptr(), 0 if total is None else total.data_ptr()
     if weight is not None:
         weight = weight.contiguous()
         weight_at = weight.data_ptr()

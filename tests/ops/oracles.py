@@ -19,10 +19,10 @@ def rms_norm(x, weight, eps, *, residual=None, offset=0.0):
     return y if residual is None else (y, total)
 
 
-def layer_norm(x, weight, bias, eps, *, residual=None):
+def layer_norm(x, weight, bias, eps, *, residual=None, return_sum=True):
     total = x if residual is None else x + residual
     y = F.layer_norm(total, (x.shape[-1],), weight, bias, eps)
-    return y if residual is None else (y, total)
+    return y if residual is None or not return_sum else (y, total)
 
 
 def _rotate_half(x):
