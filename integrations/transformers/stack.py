@@ -39,7 +39,7 @@ class Stack:
     """What a swapped encoder knows: its family, and the graphs of its blocks with the tensors that they are of."""
 
     def __init__(self, arch: Arch) -> None:
-        self.arch, self._lock = arch, threading.Lock()
+        self.arch, self.disturbed, self._lock = arch, False, threading.Lock()
         self.forget()
 
     def forget(self) -> None:
@@ -114,25 +114,34 @@ class FusedStack(Swapped):
     _ftops: Stack
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        blocks = None if args else self._blocks(hidden_states, attention_mask, kwargs)
-        if blocks is None:
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        packed = packing(blocks[0].spec, attention_mask, hidden_states, None, None)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self._ftops.run(blocks, hidden_states, packed))
+        blocks, stack = None if args else self._blocks(hidden_states, attention_mask, kwargs), self._ftops
+        if blocks is not None and not (stack.disturbed and self._disturbed()):
+            out = stack.run(blocks, hidden_states, packing(blocks[0].spec, attention_mask, hidden_states, None, None))
+            # 0.1 ms of the host's that a GPU need not wait for: it works on tensors that the blocks hold, whatever became of the layers.
+            stack.disturbed = self._disturbed()
+            if not stack.disturbed:
+                return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=out)
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
     def _blocks(self, x: torch.Tensor, mask: torch.Tensor | None, given: dict[str, Any]) -> tuple[Block, ...] | None:
-        """Of all layers, if nobody would miss their calls; otherwise they are called, and see for themselves."""
+        """Of all layers, if nobody would miss their calls, `_disturbed` apart; otherwise they are called, and see for themselves."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or (mask is not None and not hasattr(mask, "_ftops_packing")):
             return None
-        layers = tuple(getattr(self, self._ftops.arch.stack[1])._modules.values())
+        layers = self._layers()
         if not layers or not all(isinstance(layer, FusedLayer) and not watched(layer) and own_forward(layer) for layer in layers):
             return None
         if recorded() or layers[0].unfit({"hidden_states": x, "attention_mask": mask, **given}) is not None:
             return None
-        if any(layer.unfit_for(x) is not None or layer._ftops.disturbed() is not None for layer in layers[1:]):
+        if any(layer.unfit_for(x) is not None for layer in layers[1:]):
             return None
         blocks = tuple(layer._ftops.block for layer in layers)
         return blocks if all(_both_ways(block.spec) for block in blocks) else None
+
+    def _disturbed(self) -> bool:
+        return any(layer._ftops.disturbed() is not None for layer in self._layers())
+
+    def _layers(self) -> tuple[nn.Module, ...]:
+        return tuple(getattr(self, self._ftops.arch.stack[1])._modules.values())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._ftops.forget()
