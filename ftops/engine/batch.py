@@ -138,10 +138,10 @@ class Batch:
         self.news[0, :size] = tokens
         self.news[1, :size] = rules.ended(given, tokens, ids, filled, drawn)
 
-    def step(self, columns: int) -> None:
-        """`forward` over all rows. columns: pages that any of them has."""
+    def step(self, requests: Sequence[Request]) -> None:
+        """`forward` over all rows, which are these requests'."""
         size = self.size(self.count)
-        columns = self.page_table.shape[1] if self.decoder.capturable else columns
+        columns = self.page_table.shape[1] if self.decoder.capturable else max(len(request.pages) for request in requests)
         self._forwards.run(size, lambda: self.forward(size, columns))
 
     def draw(self, names: frozenset[str], logprobs: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ class Engine:
         self._leaving: set[Handle] = set()  # rows of requests that have ended
         self._sent: list[list[Handle]] = []  # whose tokens each of the reader's copies has
         self._cancelled: list[Handle] = []
-        self._asked: tuple[frozenset[str], bool] = frozenset(), False  # rules and log-probabilities
+        self._asked: Counter[tuple[frozenset[str], bool]] = Counter()  # rules and log-probabilities, of how many rows
         self._steps, self._closed, self._exiting = 0, False, False
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -174,14 +175,14 @@ class Engine:
             batch.grow([handles[request].row for request in plan.grown], [len(request.pages) - 1 for request in plan.grown],
                        [request.pages[-1] for request in plan.grown])
         if plan.running:
-            batch.step(max(len(request.pages) for request in plan.running))
+            batch.step(plan.running)
         if plan.chunks:
             logits, begun = batch.read(plan.chunks), [chunk.request for chunk in plan.chunks if chunk.last]
             if begun:
                 self._begin([handles[request] for request in begun], logits)
         if self._rows:
             self._steps += 1
-            batch.draw(*self._asked)
+            batch.draw(frozenset().union(*(names for names, _ in self._asked)), any(logprobs for _, logprobs in self._asked))
             self._reader.send()
             self._sent.append(list(self._rows))
         self._remove({handles[request] for request in plan.last})
@@ -199,10 +200,10 @@ class Engine:
             for token in answer[:, None]:  # of one that was put back
                 rules.remember(given, token)
             handle.row, handle.names = len(self._rows), frozenset(given)
+            self._asked[handle.names, handle.logprobs] += 1
             self._rows.append(handle)
             rows.append(given)
         self._batch.add([handle.request for handle in handles], rows, logits)
-        self._look()
 
     def _remove(self, handles: set[Handle]) -> None:
         """These no longer have a row."""
@@ -215,26 +216,24 @@ class Engine:
         del self._rows[self._batch.count:]
         for handle in handles:
             handle.row = None
-        self._look()
-
-    def _look(self) -> None:
-        """What the rows ask for together."""
-        self._asked = frozenset().union(*(handle.names for handle in self._rows)), any(handle.logprobs for handle in self._rows)
+        self._asked -= Counter((handle.names, handle.logprobs) for handle in handles)
 
     def _read(self, keep: int) -> None:
         """Takes the tokens of all steps but the last `keep`."""
         while len(self._sent) > keep:
-            tokens, ended, logprobs = self._reader.read().tolist()
-            handles = self._sent.pop(0)
-            stopped = [not handle.done and handle.stops(int(token)) for handle, token in zip(handles, tokens, strict=False)]
+            news, handles = self._reader.read(), self._sent.pop(0)
+            tokens, (ended, logprobs) = news[0].long().tolist(), news[1:].tolist()
+            stopped = {handle for handle, token in zip(handles, tokens, strict=False)
+                       if handle.watches and not handle.done and handle.stops(token)}
             with self._lock:
-                for handle, token, end, logprob, stop in zip(handles, map(int, tokens), ended, logprobs, stopped, strict=False):
+                for handle, token, end, logprob in zip(handles, tokens, ended, logprobs, strict=False):
                     if handle.done:
                         continue
                     self._scheduler.feed(handle.request, token)
                     handle.take(token, logprob)
-                    if end or stop:
-                        full = len(handle.request.answer) == handle.request.limit and not stop and token not in handle.options.eos
+                    if end or handle in stopped:
+                        request = handle.request
+                        full = len(request.answer) == request.limit and handle not in stopped and token not in handle.options.eos
                         handle.end("length" if full else "stop")
                         self._retire(handle)
 

@@ -42,7 +42,7 @@ class Handle:
         self._logprobs: list[float] | None = [] if logprobs else None
         self._reason: Reason | None = None
         self._error: BaseException | None = None
-        self._told, self._cancel = 0, cancel
+        self._told, self._readers, self._cancel = 0, 0, cancel
         self._news = threading.Condition(lock)
         self._stop = Text(options.tokenizer, options.stop_strings) if options.stop_strings else None
 
@@ -51,7 +51,9 @@ class Handle:
 
     def __next__(self) -> int:
         with self._news:
+            self._readers += 1
             self._news.wait_for(lambda: self._told < len(self._tokens) or self.done)
+            self._readers -= 1
             if self._told < len(self._tokens):
                 self._told += 1
                 return self._tokens[self._told - 1]
@@ -85,10 +87,13 @@ class Handle:
     def done(self) -> bool:
         return self._reason is not None or self._error is not None
 
+    @property
+    def watches(self) -> bool:
+        """Whether there is text to stop at."""
+        return self._stop is not None
+
     def stops(self, token: int) -> bool:
         """Whether the text with this token holds something to stop at."""
-        if self._stop is None:
-            return False
         self._stop.add(token)
         return self._stop.stops()
 
@@ -97,7 +102,8 @@ class Handle:
         self._tokens.append(token)
         if self._logprobs is not None:
             self._logprobs.append(logprob)
-        self._news.notify_all()
+        if self._readers:  # not those who wait for the end
+            self._news.notify_all()
 
     def end(self, reason: Reason) -> None:
         if not self.done:
