@@ -10,13 +10,11 @@ from collections.abc import Iterator
 import torch
 
 from ftops.numba_kernels import attention_library, attention_mma, attention_plain, attention_sm90, attention_sm90_launch
-from ftops.numba_kernels.attention_common import UNBOUNDED, address
+from ftops.numba_kernels.attention_common import NO_STRIDES, UNBOUNDED, address
 from ftops.numba_kernels.attention_sm90_config import NARROW_HEAD_DIM
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, architecture, empty_like, load
 from ftops.numba_kernels.rows import DTYPE_NAME
-
-NO_STRIDES = (0, 0, 0)
 
 
 def variants() -> Iterator[Spec]:

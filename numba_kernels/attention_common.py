@@ -16,6 +16,7 @@ from ftops.numba_kernels import ptx
 SIGNATURE = "ppppppppp" + "lllllllll" + "lll" + "iiiiiiiii" + "ff"
 LOG2E = np.float32(1.4426950408889634)
 MINUS_INFINITY = np.float32(-np.inf)
+NO_STRIDES = (0, 0, 0)  # of a bias that is not given
 UNBOUNDED = 1 << 30  # a window end beyond every key; positions +- it stay within int32
 
 

@@ -192,5 +192,42 @@ def _work(tiles: tuple[int, ...], queries: int, keys: int) -> int:
     return -(-queries // rows) * rows * -(-keys // tiles[1]) * tiles[1]
 
 
+# Fitted to what an H100 took for 84 problems of 17 to 256 queries and 512 to 65536 keys (docs/tuning/attention_sm90.md). us of a tile of
+# PART_KEYS keys at head_dim 128, with one warpgroup at work and with two, of a tile's beginning and end, and of a call; bytes of keys and
+# values a us, and how many times its share of that a multiprocessor can take; us of the merge, of a row in it and of each part of a row. At
+# other head dims a tile takes its _SHARE.
+PART_ROWS = PART_KEYS = 128
+HALF_TILE_US, TILE_US, ENDS_US, CALL_US, BYTES_US, MOST_SHARES = 1.09, 1.45, 2.0, 4.0, 3.1e6, 1.3
+MERGE_US, ROW_US, PART_US = 2.0, 0.7e-3, 0.35e-3
+_SHARE = {64: 0.8, 80: 0.85, 96: 0.9, 128: 1.0, 192: 1.5, 256: 2.0}
+_WORTH = 0.9  # of the time of heads apart and keys whole, which give a sequence the same bits in any batch
+
+
+@functools.lru_cache(maxsize=4096)
+def key_parts(batch: int, queries: int, key_tiles: int, heads: int, kv_heads: int, head_dim: int, processors: int) -> int:
+    """How many parts keys are best split into where the heads of a group share tiles, 0 where heads apart and keys whole are as fast.
+
+    key_tiles: times PART_KEYS keys that a query sees. What few queries leave empty of tiles, and few tiles of the multiprocessors, is what
+    can be gained, until the keys' bytes take as long.
+    """
+    group = heads // kv_heads
+    bytes_us = 4 * batch * kv_heads * PART_KEYS * key_tiles * head_dim / BYTES_US
+    readers = processors / MOST_SHARES
+
+    def time(tiles: int, rows: int, dims: tuple[int, ...], parts: int) -> float:
+        tile = (HALF_TILE_US if rows <= PART_ROWS // 2 else TILE_US) * _SHARE[next(d for d in dims if d >= head_dim)]
+        work = -(-tiles * parts // processors) * (-(-key_tiles // parts) * tile + ENDS_US)
+        merge = MERGE_US + batch * queries * heads * (ROW_US + PART_US * parts) if parts > 1 else 0
+        return CALL_US + max(work, bytes_us * max(1.0, readers / (tiles * parts))) + merge
+
+    if group > PART_ROWS // 2:
+        return 0
+    apart = time(batch * heads * -(-queries // PART_ROWS), queries, HEAD_DIMS, 1)
+    tiles = batch * kv_heads * -(-queries // (PART_ROWS // group))
+    fastest, parts = min((time(tiles, queries * group, PART_HEAD_DIMS, parts), parts)
+                         for parts in range(1, min(key_tiles, max(1, 4 * processors // tiles)) + 1))
+    return parts if fastest < _WORTH * apart else 0
+
+
 # The most keys whose scores and bias fit the registers.
 _EXTRA_TILES = {head_dim: (2, 64, 2, False, head_dim <= 128) for head_dim in HEAD_DIMS[:-1]} | {256: (2, 48, 2, False, False)}

@@ -6,9 +6,9 @@ import functools
 import torch
 
 from ftops.numba_kernels import decode_combine
-from ftops.numba_kernels.attention_common import address
+from ftops.numba_kernels.attention_common import NO_STRIDES, address
 from ftops.numba_kernels.attention_sm90 import spec
-from ftops.numba_kernels.attention_sm90_config import HEAD_DIMS, is_short, pick, pick_parts
+from ftops.numba_kernels.attention_sm90_config import HEAD_DIMS, PART_KEYS, is_short, key_parts, pick, pick_parts
 from ftops.numba_kernels.counters import counters, reserve
 from ftops.numba_kernels.launch import Kernel, load, multiprocessors
 from ftops.numba_kernels.tma import tiles as tiles_of
@@ -32,6 +32,13 @@ def loaded(dtype: torch.dtype, head_dim: int, extras: bool, short: bool, device:
     return kernel
 
 
+def parts_of(q: torch.Tensor, k: torch.Tensor, left: int, right: int) -> int:
+    """How many parts `start_parts` is best asked for, 0 if it is not."""
+    batch, queries, heads, dim = q.shape
+    keys = min(k.shape[1], left + queries + right)
+    return key_parts(batch, queries, -(-keys // PART_KEYS), heads, k.shape[2], dim, multiprocessors(q.device.index))
+
+
 @functools.cache
 def loaded_parts(dtype: torch.dtype, dim: int, device: int) -> tuple[Kernel, Kernel]:
     """(the kernel that stores `parts` of a result, the one that adds them up). Raises RuntimeError as `kernel` does."""
@@ -42,16 +49,18 @@ def loaded_parts(dtype: torch.dtype, dim: int, device: int) -> tuple[Kernel, Ker
 
 def start_parts(parts: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float, left: int, right: int,
                 lengths: torch.Tensor | None) -> None:
-    """As `start` without options, of keys in so many parts. Tiles are shared by the heads of a group."""
+    """As `start` without options, by tiles that the heads of a group share, of keys in so many parts."""
     kernel, combine = loaded_parts(q.dtype, q.shape[3], q.device.index)
     batch, queries, heads, dim = q.shape
-    lines = batch * queries * heads
-    workspace = q.new_empty(2 * lines * parts * (dim + 1))  # of float32
-    lse_at = workspace.data_ptr() + 4 * lines * parts * dim
-    start(kernel, q, k, v, workspace, batch, queries, k.shape[1], scale, left, right, 0.0, None, (0, 0, 0), None, lengths, None, None,
+    lines, stored, lse_at = batch * queries * heads, out, 0
+    if parts > 1:
+        stored = q.new_empty(2 * lines * parts * (dim + 1))  # of float32
+        lse_at = stored.data_ptr() + 4 * lines * parts * dim
+    start(kernel, q, k, v, stored, batch, queries, k.shape[1], scale, left, right, 0.0, None, NO_STRIDES, None, lengths, None, None,
           parts=parts, lse_at=lse_at)
-    combine(lines, 1, 1, workspace.data_ptr(), lse_at, out.data_ptr(), parts, dim, max(3, (dim // 4 - 1).bit_length()),
-            1 if q.dtype is torch.float16 else 2)
+    if parts > 1:
+        combine(lines, 1, 1, stored.data_ptr(), lse_at, out.data_ptr(), parts, dim, max(3, (dim // 4 - 1).bit_length()),
+                1 if q.dtype is torch.float16 else 2)
 
 
 def start(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, batch: int, queries: int, keys: int,

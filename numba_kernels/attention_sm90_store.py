@@ -65,19 +65,19 @@ def make_store(config: Config) -> Callable:
 
 
 def make_store_part(config: Config) -> Callable:
-    """store_part(out, total, bases, partial_gl, lse_gl, line, heads, group, part, parts, left, dim): a thread's two rows of O / total in
-    float32 and log2(sum of 2 ** score), as decode_combine reads them: parts of one line after the other, rows of `dim` values.
+    """store_part(out, total, bases, out_gl, lse_gl, line, heads, group, part, parts, left, dim): a thread's two rows of O / total, float32,
+    and log2(sum of 2 ** score), as decode_combine reads them: parts of one line after the other. The only part is the result, rounded.
 
-    line: of the tile's first row. `group` rows are lines beside one another, then come the next query's, `heads` lines on. The four lanes
-    of a row write 32 bytes, a whole sector. left: rows of the tile that exist.
+    line: of the tile's first row. `group` rows are lines beside one another, then come the next query's, `heads` lines on. left: rows of
+    the tile that exist. The four lanes of a row write 32 bytes, a whole sector, or half of one.
     """
-    tiles, quad_1, quad_2 = config.head_dim // 8, ptx.shuffle_xor[1], ptx.shuffle_xor[2]
+    tiles, pair, quad_1, quad_2 = config.head_dim // 8, ptx.PAIR[config.dtype], ptx.shuffle_xor[1], ptx.shuffle_xor[2]
     nothing = np.float32(-np.inf)
 
     @cuda.jit(device=True, forceinline=True)
-    def store_part(out, total, bases, partial_gl, lse_gl, line, heads, group, part, parts, left, dim):
+    def store_part(out, total, bases, out_gl, lse_gl, line, heads, group, part, parts, left, dim):
         thread = np.uint32(ptx.here(np.uint32(cuda.threadIdx.x)))
-        quarter = thread & np.uint32(3)
+        column = np.uint32(2) * (thread & np.uint32(3))
         for h in range(2):
             row = np.uint32((thread >> np.uint32(5)) * np.uint32(16) + ((thread & np.uint32(31)) >> np.uint32(2)) + np.uint32(8 * h))
             query = ptx.div_u32(row, group)
@@ -85,14 +85,19 @@ def make_store_part(config: Config) -> Callable:
             whole += quad_1(whole)
             whole += quad_2(whole)
             inverse = np.float32(0) if whole == np.float32(0) else ptx.reciprocal(whole)
-            there = np.uint32(np.int32(row) < left)
+            there = np.int32(dim) if np.int32(row) < left else np.int32(0)
             at = line + np.uint64(query) * np.uint64(heads) + np.uint64(np.uint32(row - query * group))
             at = at * np.uint64(parts) + np.uint64(part)
-            if there != np.uint32(0) and quarter == np.uint32(0):
-                ptx.st_global_f32(lse_gl + np.uint64(4) * at, nothing if whole == np.float32(0) else bases[h] + ptx.log2(whole))
-            to_gl = partial_gl + np.uint64(4) * (at * np.uint64(dim) + np.uint64(np.uint32(2) * quarter))
-            for j in range(tiles):
-                ptx.st_global_64_if(to_gl + np.uint64(32 * j), ptx.f32_bits(out[4 * j + 2 * h] * inverse),
-                                    ptx.f32_bits(out[4 * j + 2 * h + 1] * inverse), there & np.uint32(np.int32(8 * j) < dim))
+            to_gl = out_gl + (np.uint64(2) if parts == 1 else np.uint64(4)) * (at * np.uint64(dim) + np.uint64(column))
+            if parts == 1:
+                for j in range(tiles):
+                    if np.int32(8 * j) < there:
+                        ptx.st_global_32(to_gl + np.uint64(16 * j), pair(out[4 * j + 2 * h] * inverse, out[4 * j + 2 * h + 1] * inverse))
+            else:
+                for j in range(tiles):
+                    ptx.st_global_64_if(to_gl + np.uint64(32 * j), ptx.f32_bits(out[4 * j + 2 * h] * inverse),
+                                        ptx.f32_bits(out[4 * j + 2 * h + 1] * inverse), np.uint32(np.int32(8 * j) < there))
+                if there != np.int32(0) and column == np.uint32(0):
+                    ptx.st_global_f32(lse_gl + np.uint64(4) * at, nothing if whole == np.float32(0) else bases[h] + ptx.log2(whole))
 
     return store_part
