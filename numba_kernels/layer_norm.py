@@ -25,9 +25,11 @@ SIGNATURE = "ppppppllllfff"
 def make(config: Config) -> Callable:
     vec, item, each, accesses = config.vec, ITEM[config.dtype], words_of(config.dtype, config.vec), config.accesses
     kept, step, tile, reread = each * accesses, config.threads * vec, config.threads * vec * accesses, config.reread
+    half = accesses if accesses % 2 else accesses // 2
+    half_kept = each * half
     load_access, store = make_io(config.dtype, vec)
     unpack, pack = make_convert(config.dtype, vec)
-    place, within, _, gather, prefetch = make_tile(config)
+    place, within, fetch, gather, prefetch = make_tile(config)
     (total, _), (_, totals) = make_sum(config.threads), make_sum(config.threads)
 
     @cuda.jit(device=True, forceinline=True)
@@ -69,21 +71,25 @@ def make(config: Config) -> Callable:
 
     @cuda.jit(device=True, forceinline=True)
     def scatter(y_at, weight_at, weight_left, bias_at, bias_left, left, words, mean, scale, shift, unit):
-        more = cuda.local.array(each, np.uint32)
+        weights = cuda.local.array(kept, np.uint32)
+        biases = cuda.local.array(half_kept, np.uint32)
         values = cuda.local.array(vec, np.float32)
         factors = cuda.local.array(vec, np.float32)
         shifts = cuda.local.array(vec, np.float32)
-        for access in range(accesses):
-            ahead = np.uint64(access * step * item)
-            load_access(weight_at + ahead, access * step < weight_left, more, 0)
-            unpack(more, 0, factors, 0)
-            load_access(bias_at + ahead, access * step < bias_left, more, 0)
-            unpack(more, 0, shifts, 0)
-            unpack(words, access * each, values, 0)
-            for i in range(vec):
-                values[i] = ptx.fma(ptx.fma(values[i] - mean, scale, shift), unit + factors[i], shifts[i])
-            pack(values, 0, words, access * each)
-            store(y_at + ahead, access * step < left, words, access * each)
+        fetch(weight_at, weight_left, weights)  # before the first store, which no load passes; of the bias all would spill
+        for begin in range(0, accesses, half):
+            for i in range(half):
+                access = begin + i
+                load_access(bias_at + np.uint64(access * step * item), access * step < bias_left, biases, i * each)
+            for i in range(half):
+                access = begin + i
+                unpack(weights, access * each, factors, 0)
+                unpack(biases, i * each, shifts, 0)
+                unpack(words, access * each, values, 0)
+                for j in range(vec):
+                    values[j] = ptx.fma(ptx.fma(values[j] - mean, scale, shift), unit + factors[j], shifts[j])
+                pack(values, 0, words, access * each)
+                store(y_at + np.uint64(access * step * item), access * step < left, words, access * each)
 
     def layer_norm(x_gl, residual_gl, weight_gl, bias_gl, y_gl, sum_gl, x_stride, residual_stride, rows, length, over_length, eps, unit):
         row, first, remains = place(rows, length)

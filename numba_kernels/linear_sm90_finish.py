@@ -46,10 +46,10 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
     @cuda.jit(device=True, forceinline=True)
     def fetch(at, here, left):
         """Four neighbouring values of 16 bits, as two words, of which `left` are there."""
-        first = hopper.ld_written_16_if(at, here)
-        second = hopper.ld_written_16_if(at + np.uint64(2), np.uint32(here != np.uint32(0) and left > np.int32(1)))
-        third = hopper.ld_written_16_if(at + np.uint64(4), np.uint32(here != np.uint32(0) and left > np.int32(2)))
-        fourth = hopper.ld_written_16_if(at + np.uint64(6), np.uint32(here != np.uint32(0) and left > np.int32(3)))
+        first = ptx.ld_written_16_if(at, here)
+        second = ptx.ld_written_16_if(at + np.uint64(2), np.uint32(here != np.uint32(0) and left > np.int32(1)))
+        third = ptx.ld_written_16_if(at + np.uint64(4), np.uint32(here != np.uint32(0) and left > np.int32(2)))
+        fourth = ptx.ld_written_16_if(at + np.uint64(6), np.uint32(here != np.uint32(0) and left > np.int32(3)))
         return np.uint32(first | second << np.uint32(16)), np.uint32(third | fourth << np.uint32(16))
 
     @cuda.jit(device=True, forceinline=True)

@@ -168,13 +168,8 @@ st_global_f32 = ptx("st_global_f32", "st.global.f32 [$0], $1;", "", "lf")
 st_global_64 = ptx("st_global_64", "st.global.v2.b32 [$0], {$1, $2};", "", "lrr")
 st_global_128 = ptx("st_global_128", "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "", "lrrrr")
 # Loads and stores where the last operand is not 0; elsewhere a load gives 0. Without branches, several are on their way at once.
-ld_global_16_if = ptx("ld_global_16_if", "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, $2, 0; mov.b16 t, 0; @p ld.global.nc.b16 t, [$1]; "
-                      "cvt.u32.u16 $0, t; }", "r", "lr")
 ld_global_32_if = ptx("ld_global_32_if", "{ .reg .pred p; .reg .b32 t; setp.ne.u32 p, $2, 0; mov.b32 t, 0; @p ld.global.nc.b32 t, [$1]; "
                       "mov.b32 $0, t; }", "r", "lr")
-ld_global_128_if = ptx("ld_global_128_if", "{ .reg .pred p; .reg .b32 t<4>; setp.ne.u32 p, $5, 0; mov.b32 t0, 0; mov.b32 t1, 0; "
-                       "mov.b32 t2, 0; mov.b32 t3, 0; @p ld.global.nc.v4.b32 {t0, t1, t2, t3}, [$4]; mov.b32 $0, t0; mov.b32 $1, t1; "
-                       "mov.b32 $2, t2; mov.b32 $3, t3; }", "rrrr", "lr")
 st_global_16_if = ptx("st_global_16_if", "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, $2, 0; cvt.u16.u32 t, $1; "
                       "@p st.global.b16 [$0], t; }", "", "lrr")
 st_global_32_if = ptx("st_global_32_if", "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.b32 [$0], $1; }", "", "lrr")
@@ -193,6 +188,10 @@ ld_written_16 = ptx("ld_written_16", "{ .reg .b16 t; ld.global.b16 t, [$1]; cvt.
 ld_written_f32 = ptx("ld_written_f32", "ld.global.f32 $0, [$1];", "f", "l")
 ld_written_f32_if = ptx("ld_written_f32_if", "{ .reg .pred p; .reg .f32 t; setp.ne.u32 p, $2, 0; mov.f32 t, $3; @p ld.global.f32 t, [$1]; "
                         "mov.f32 $0, t; }", "f", "lrf")  # elsewhere the last operand
+ld_written_16_if = ptx("ld_written_16_if", "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, $2, 0; mov.b16 t, 0; @p ld.global.b16 t, [$1]; "
+                       "cvt.u32.u16 $0, t; }", "r", "lr")
+ld_written_32_if = ptx("ld_written_32_if", "{ .reg .pred p; .reg .b32 t; setp.ne.u32 p, $2, 0; mov.b32 t, 0; @p ld.global.b32 t, [$1]; "
+                       "mov.b32 $0, t; }", "r", "lr")
 ld_written_128_if = ptx("ld_written_128_if", "{ .reg .pred p; .reg .b32 t<4>; setp.ne.u32 p, $5, 0; mov.b32 t0, 0; mov.b32 t1, 0; "
                         "mov.b32 t2, 0; mov.b32 t3, 0; @p ld.global.v4.b32 {t0, t1, t2, t3}, [$4]; mov.b32 $0, t0; mov.b32 $1, t1; "
                         "mov.b32 $2, t2; mov.b32 $3, t3; }", "rrrr", "lr")

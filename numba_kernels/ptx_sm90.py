@@ -33,8 +33,6 @@ cluster_wait = ptx("cluster_wait", "barrier.cluster.wait.acquire;")
 # At the address $4 of block $5 of the cluster.
 ld_cluster_f32x4 = ptx("ld_cluster_f32x4", "{ .reg .b32 a; mapa.shared::cluster.u32 a, $4, $5; "
                        "ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [a]; }", "ffff", "rr")
-ld_written_16_if = ptx("ld_written_16_if", "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, $2, 0; mov.b16 t, 0; @p ld.global.b16 t, [$1]; "
-                       "cvt.u32.u16 $0, t; }", "r", "lr")
 ld_written_64_if = ptx("ld_written_64_if", "{ .reg .pred p; .reg .b32 t<2>; setp.ne.u32 p, $3, 0; mov.b32 t0, 0; mov.b32 t1, 0; "
                        "@p ld.global.v2.b32 {t0, t1}, [$2]; mov.b32 $0, t0; mov.b32 $1, t1; }", "rr", "lr")
 prefetch_tensor_map = ptx("prefetch_tensor_map", "prefetch.tensormap [$0];", "", "l")

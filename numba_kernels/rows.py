@@ -27,18 +27,19 @@ def words_of(dtype: str, vec: int) -> int:
 def make_io(dtype: str, vec: int) -> tuple[Callable, Callable]:
     """(load, store) of one access, `vec` elements: 16 bytes at an address that 16 divides, or one element.
 
-    load(address, live, words, at) fills words[at:] where live, with zeros elsewhere; store(address, live, words, at) writes where live.
+    load(address, live, words, at) fills words[at:] where live, with zeros elsewhere; store(address, live, words, at) writes where live. Loads
+    are not by the read-only path: the kernel before, which need not have ended when this one starts, may have written what they read.
     """
     if vec * ITEM[dtype] == 16:
         @cuda.jit(device=True, forceinline=True)
         def load(address, live, words, at):
-            words[at], words[at + 1], words[at + 2], words[at + 3] = ptx.ld_global_128_if(address, live)
+            words[at], words[at + 1], words[at + 2], words[at + 3] = ptx.ld_written_128_if(address, live)
 
         @cuda.jit(device=True, forceinline=True)
         def store(address, live, words, at):
             ptx.st_global_128_if(address, words[at], words[at + 1], words[at + 2], words[at + 3], live)
     else:
-        fetch, put = (ptx.ld_global_32_if, ptx.st_global_32_if) if dtype == "float32" else (ptx.ld_global_16_if, ptx.st_global_16_if)
+        fetch, put = (ptx.ld_written_32_if, ptx.st_global_32_if) if dtype == "float32" else (ptx.ld_written_16_if, ptx.st_global_16_if)
 
         @cuda.jit(device=True, forceinline=True)
         def load(address, live, words, at):
