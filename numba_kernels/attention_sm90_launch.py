@@ -59,8 +59,7 @@ def start_parts(parts: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o
     start(kernel, q, k, v, stored, batch, queries, k.shape[1], scale, left, right, 0.0, None, NO_STRIDES, None, lengths, None, None,
           parts=parts, lse_at=lse_at)
     if parts > 1:
-        combine(lines, 1, 1, stored.data_ptr(), lse_at, out.data_ptr(), parts, dim, max(3, (dim // 4 - 1).bit_length()),
-                1 if q.dtype is torch.float16 else 2)
+        decode_combine.start(combine, stored.data_ptr(), lse_at, out.data_ptr(), lines, parts, dim, 1 if q.dtype is torch.float16 else 2)
 
 
 def start(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, batch: int, queries: int, keys: int,

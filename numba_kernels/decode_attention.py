@@ -166,6 +166,5 @@ def launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length
            row_tiles, kv_heads, blocks, window, kinds, fixed, inverse(page_size), inverse(row_tiles), inverse(kv_heads),
            inverse(group), scale, cap)
     if combine:
-        shift = max(3, (width // 4 - 1).bit_length())
-        combine(lines, 1, 1, partial_at, lse_at, out_at, splits, head_dim, shift, kinds >> 2)
+        decode_combine.start(combine, partial_at, lse_at, out_at, lines, splits, head_dim, kinds >> 2)
     return out

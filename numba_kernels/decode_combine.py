@@ -1,7 +1,8 @@
 """The end of a decode_attention of many splits: out = sum_s w_s out_s / sum_s w_s,  w_s = 2 ** (lse_s - max lse),  for every row.
 
-It is launched beside the kernel before it and waits for that one's end, so that its own start costs little (sm_90 and up). One block a
-row: teams of 2 ** shift threads, four values each; a team takes `ahead` splits at a time, and the first team merges the others.
+It is launched beside the kernel before it and waits for that one's end, so that its own start costs little (sm_90 and up). Teams of
+2 ** shift threads, four values each, take a row each, of up to `ahead` splits. Of more, a block takes one row: a team has `ahead` splits
+at a time, and the first team merges the others.
 """
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.decode_parts import store_four
+from ftops.numba_kernels.launch import Kernel
 
-SIGNATURE = "pppiiii"
+SIGNATURE = "pppiiiii"
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,15 @@ def make(config: Config) -> Callable:
     n_part = 4 * ahead
     zero, lowest, nothing = np.float32(0), np.float32(-1e30), np.float32(-np.inf)
 
-    def decode_combine(partial_gl, lse_gl, out_gl, splits, head_dim, shift, kind):
+    def decode_combine(partial_gl, lse_gl, out_gl, lines, splits, head_dim, shift, kind):
         sums_sh = np.int64(ptx.shared_address(cuda.shared.array(0, np.uint8)))
         thread = np.int32(cuda.threadIdx.x)
         team, step = np.int32(thread >> shift), np.int32(ahead * (threads >> shift))
         column, line, width = np.int32(4 * (thread - (team << shift))), np.int64(cuda.blockIdx.x), np.int32((head_dim + 3) & -4)
         base, pitch = np.int32(ahead * team), np.int64(4 * width)
+        if splits <= ahead:
+            line, base, team = line * (threads >> shift) + team, np.int32(0), np.int32(0)
+            column = column if line < lines else width
         lse_at = np.int64(lse_gl) + 4 * (line * splits + base)
         part_at = np.int64(partial_gl) + (line * splits + base) * pitch + 4 * column
         lse = cuda.local.array(ahead, np.float32)
@@ -82,6 +87,13 @@ def make(config: Config) -> Callable:
             store_four(np.int64(out_gl), line, column, head_dim, a * inverse, b * inverse, c * inverse, d * inverse, kind)
 
     return decode_combine
+
+
+def start(kernel: Kernel, partial_at: int, lse_at: int, out_at: int, lines: int, splits: int, head_dim: int, kind: int) -> None:
+    """Of `lines` rows, as store_result of decode_parts leaves their parts; kind: as store_four takes it."""
+    shift, config = max(3, (-(-head_dim // 4) - 1).bit_length()), kernel.spec.config
+    blocks = lines if splits > config.ahead else -(-lines // (config.threads >> shift))
+    kernel(blocks, 1, 1, partial_at, lse_at, out_at, lines, splits, head_dim, shift, kind)
 
 
 def spec(config: Config, dependent: bool = False) -> Spec:
