@@ -94,9 +94,9 @@ class Config:
 def pick(kind: str, dtype: str, rows: int) -> Config:
     """The smallest batch that holds the rows; more rows than the largest are further blocks, which find the weights in L2.
 
-    Stages of 8-bit weights are half as large, so there are three, and four of two warps where two thirds of a stage are x: a quarter more
-    bytes of weights are then under way (of 4096 x 14336, 16 rows, 25.3 us after 27.8 on an H100). A block takes no more than 99 KiB, all that
-    some GPUs have.
+    Stages of 8-bit weights are half as large, so there are three, and four of two warps where two thirds of a stage are x: more bytes of
+    weights are then under way (4096 x 14336 at 16 rows 25.3 us after 27.8 on an H100). A block takes no more than 99 KiB, all that some
+    GPUs have.
     """
     batch = next((batch for batch in BATCHES[kind] if batch >= rows), BATCHES[kind][-1])
     warps, stages = {8: (4, 3), 16: (2, 4)}.get(batch, (4, 2)) if kind != "16-bit" else (4, 2)
