@@ -71,7 +71,7 @@ def make_store_part(config: Config) -> Callable:
     line: of the tile's first row. `group` rows are lines beside one another, then come the next query's, `heads` lines on. left: rows of
     the tile that exist. The four lanes of a row write 32 bytes, a whole sector, or half of one.
     """
-    tiles, pair, quad_1, quad_2 = config.head_dim // 8, ptx.PAIR[config.dtype], ptx.shuffle_xor[1], ptx.shuffle_xor[2]
+    tiles, pair, quad_1, quad_2 = config.head_dim // 8, ptx.PAIR[config.out_dtype], ptx.shuffle_xor[1], ptx.shuffle_xor[2]
     nothing = np.float32(-np.inf)
 
     @cuda.jit(device=True, forceinline=True)
