@@ -28,7 +28,7 @@ def make_io(dtype: str, vec: int) -> tuple[Callable, Callable]:
     """(load, store) of one access, `vec` elements: 16 bytes at an address that 16 divides, or one element.
 
     load(address, live, words, at) fills words[at:] where live, with zeros elsewhere; store(address, live, words, at) writes where live.
-    Loads do not take the read-only path: the kernel before, which need not have ended when this one starts, may have written what they read.
+    Loads do not take the read-only path: the kernel before, which need not have ended when this one starts, may have written what is read.
     """
     if vec * ITEM[dtype] == 16:
         @cuda.jit(device=True, forceinline=True)
