@@ -32,7 +32,7 @@ PATIENCE = 4
 @dataclass(frozen=True)
 class Stats:
     """Requests now; pages now: free + cached + held are all; since the beginning: how often a request was put back, tokens of prompts that
-    were found in the cache, and steps."""
+    were found in the cache, steps, and tokens of answers."""
 
     waiting: int
     running: int
@@ -43,6 +43,7 @@ class Stats:
     preemptions: int
     prefix_tokens: int
     steps: int
+    tokens: int
 
 
 class Engine:
@@ -64,7 +65,7 @@ class Engine:
         self._sent: list[list[Handle]] = []  # whose tokens each of the reader's copies has
         self._cancelled: list[Handle] = []
         self._asked: Counter[tuple[frozenset[str], bool]] = Counter()  # rules and log-probabilities, of how many rows
-        self._steps, self._closed, self._exiting = 0, False, False
+        self._steps, self._tokens, self._closed, self._exiting = 0, 0, False, False
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._at_work = False
@@ -95,7 +96,8 @@ class Engine:
         with self._lock:
             scheduler, pages = self._scheduler, self._scheduler.pages
             return Stats(len(scheduler.waiting), len(scheduler.reading) + len(scheduler.running) + len(scheduler.ending), pages.count,
-                         pages.free, pages.idle, pages.count - pages.available, scheduler.preemptions, scheduler.prefix_tokens, self._steps)
+                         pages.free, pages.idle, pages.count - pages.available, scheduler.preemptions, scheduler.prefix_tokens, self._steps,
+                         self._tokens)
 
     def close(self) -> None:
         """Cancels every request, waits for the step at hand and lets the cache go. Again is harmless."""
@@ -231,6 +233,7 @@ class Engine:
                         continue
                     self._scheduler.feed(handle.request, token)
                     handle.take(token, logprob)
+                    self._tokens += 1
                     if end or handle in stopped:
                         request = handle.request
                         full = len(request.answer) == request.limit and handle not in stopped and token not in handle.options.eos

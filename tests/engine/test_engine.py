@@ -71,7 +71,7 @@ def test_every_answer_is_its_lone_answer(ahead, monkeypatch):
         answers = [handle.result(60) for handle in handles]
         stats = engine.stats()
         assert_nothing_held(engine)
-    assert stats.preemptions > 3 and stats.prefix_tokens > 300
+    assert stats.preemptions > 3 and stats.prefix_tokens > 300 and stats.tokens == sum(len(answer.tokens) for answer in answers)
     assert not ahead or Recorded.replays > stats.steps // 2
     for number, ((_, options), answer) in enumerate(zip(requests, answers, strict=True)):
         expected = lone(number)
