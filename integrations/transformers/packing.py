@@ -13,6 +13,7 @@ from transformers import Cache
 
 from ftops import ops
 from ftops.block import Block, BlockSpec, Freqs
+from ftops.engine.table import upload
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,21 @@ class Packing:
 
 
 def attach(mask: torch.Tensor, padding: torch.Tensor, prompt: bool = False) -> None:
-    """Finds the tokens that `padding`[B,S] shows and keeps them on `mask`. Waits for the device.
+    """Finds the tokens that `padding`[B,S] shows and keeps them on `mask`. Waits for the device once, and then looks on the host: a dozen
+    launches for little work, and three waits, took it 0.26 ms.
 
     prompt: of a decoder, and then only where all padding is on the left.
     """
-    shown = padding.bool()
-    left = bool(shown[:, -1].all() & (shown[:, 1:] >= shown[:, :-1]).all()) if prompt else False
+    shown = padding.bool().cpu().numpy()
+    left = bool(shown[:, -1].all() and (shown[:, 1:] >= shown[:, :-1]).all()) if prompt else False
     if prompt and not left:
         return
-    tokens = shown.flatten().nonzero().squeeze(1)
-    if tokens.numel() > 0:
-        lengths = shown.sum(1)
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        mask._ftops_packing = Packing(shown.shape, tokens, cu_seqlens, int(lengths.max()), left)
+    tokens, lengths = shown.reshape(-1).nonzero()[0], shown.sum(1)
+    if len(tokens):
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        starts[1:] = torch.from_numpy(lengths.cumsum())
+        mask._ftops_packing = Packing(padding.shape, upload(torch.from_numpy(tokens), padding.device), upload(starts, padding.device),
+                                      int(lengths.max()), left)
 
 
 def packing(spec: BlockSpec, mask: torch.Tensor | None, x: torch.Tensor, cache: Cache | None, index: int | None) -> Packing | None:
