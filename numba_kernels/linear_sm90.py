@@ -7,7 +7,8 @@ gate, and so on, as TMA puts them in turn, so that one thread has both sums of a
 Blocks of one producer thread (linear_sm90_load.py) and two consumer warpgroups (linear_sm90_math.py) with a ring of stages between them.
 A tile is 128 features by 64, 128 or 256 rows of x; blocks stay, and their producers run ahead into the next tile. What is multiplied is
 W x^T, so that weights of 8 and 4 bits are widened on their way to registers, wgmma's A operand, and few rows of x waste nothing. Where
-there are fewer tiles than multiprocessors, the blocks of a cluster share a tile's k and add their sums through each other's shared memory.
+there are fewer tiles than multiprocessors, the blocks of a cluster share a tile's k and add their sums through each other's shared memory
+(linear_sm90_finish.py); else a tile goes to out by way of shared memory too (linear_sm90_store.py).
 Floors, predictions and the plan of the first measurements: docs/tuning/linear_sm90.md.
 """
 from __future__ import annotations
@@ -24,13 +25,14 @@ from ftops.numba_kernels.linear_sm90_config import COLUMNS, FEATURES, Config
 from ftops.numba_kernels.linear_sm90_finish import make_finish
 from ftops.numba_kernels.linear_sm90_load import make_produce, place
 from ftops.numba_kernels.linear_sm90_math import make_multiply
+from ftops.numba_kernels.linear_sm90_store import make_store
 
 CONSUMERS = 256  # threads
-# Tensor maps of W, x and int4's scales (for others, any); other scales of W, scales of x, bias, residual (0 = not given), out; elements
-# between rows of the residual; rows of x, rows of W, of which gate (0: it has none), stages of a whole k, blocks that share it, whether all
-# rows of out and of the residual begin on 8 bytes; int4: logarithm of a group's pieces of 32 values of k, bytes of what four rows have; the
-# activation.
-SIGNATURE = "ttt" + "ppppp" + "l" + "iiiiii" + "ii" + "iff"
+# Tensor maps of W, x, int4's scales (for others, any) and out; other scales of W, scales of x, bias, residual (0 = not given), out;
+# elements between rows of the residual; rows of x, rows of W, of which gate (0: it has none), stages of a whole k, blocks that share it, 1
+# where all rows of out and of the residual begin on 8 bytes, 2 where tiles go by the map of out; int4: logarithm of a group's pieces of 32
+# values of k, bytes of what four rows have; the activation.
+SIGNATURE = "tttt" + "ppppp" + "l" + "iiiiii" + "ii" + "iff"
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -47,13 +49,15 @@ def make(config: Config) -> Callable:
     of_consumers, sum_type = np.uint32(CONSUMERS), np.int32 if config.kind == "int8_int8" else np.float32
     # 40 + 2 * 232 registers of three warpgroups' threads: all that the block was launched with, 504 of a lane of each.
     give, take, wait_0 = hopper.SETMAXNREG["dec", 40], hopper.SETMAXNREG["inc", 232], hopper.WGMMA_WAIT[0]
-    produce, (place_w, multiply), (end, end_shared) = make_produce(config), make_multiply(config), make_finish(config)
+    produce, (place_w, multiply) = make_produce(config), make_multiply(config)
+    end_shared, (store, stored) = make_finish(config), make_store(config)
 
-    def linear_sm90(w_map, x_map, scale_map, scale_gl, x_scale_gl, bias_gl, residual_gl, out_gl, residual_stride, rows, features, half,
-                    steps, splits, wide, group_shift, record, form, linear, cubic):
+    def linear_sm90(w_map, x_map, scale_map, out_map, scale_gl, x_scale_gl, bias_gl, residual_gl, out_gl, residual_stride, rows, features,
+                    half, steps, splits, wide, group_shift, record, form, linear, cubic):
         base = np.uint32((ptx.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00))
         thread = np.uint32(cuda.threadIdx.x)
         w_tensor, x_tensor, scale_tensor = hopper.tensor_map(w_map), hopper.tensor_map(x_map), hopper.tensor_map(scale_map)
+        out_tensor = hopper.tensor_map(out_map)
         if thread == np.uint32(0):
             hopper.prefetch_tensor_map(w_tensor)
             hopper.prefetch_tensor_map(x_tensor)
@@ -107,10 +111,11 @@ def make(config: Config) -> Callable:
                 hopper.mbarrier_arrive(before)
             first, first_row = np.int32(feature_tile * np.uint32(FEATURES)), np.int32(row_tile * np.uint32(columns))
             if blocks == np.uint32(1):
-                end(acc, first, first_row, rows, features, half, given, wide != 0, act)
+                store(acc, base, first, first_row, rows, features, half, given, out_tensor, wide == np.int32(2), act)
             else:
                 end_shared(acc, base, block, blocks, first, first_row, rows, features, half, given, wide != 0, act)
             tile = np.uint32(tile + apart)
+        stored()
 
     return linear_sm90
 

@@ -10,11 +10,14 @@ FEATURES = 128  # of the product, rows of W, a tile: 64 for each of two warpgrou
 ROW_BYTES = 128  # of x in shared memory, the widest rows that TMA and wgmma swizzle
 GROUP = 16  # tiles of features that are walked before the next rows of x: 132 tiles at a time then read the least of both
 SPLITS = (2, 4, 8)  # blocks of a cluster that share the k of a tile
-_SHARED = 227 * 1024 - 1008  # of a block, with 1008 bytes to align the base: dynamic shared memory begins on 16 bytes
+BUFFER_ROWS = 64  # of x, that TMA writes to out at once of a warpgroup's features, from one of its two buffers
+BUFFER_BYTES = BUFFER_ROWS * 2 * FEATURES // 2
+BUFFERS = 4
+_SHARED = 227 * 1024 - 1008 - BUFFERS * BUFFER_BYTES  # of a block, with 1008 bytes to align the base, which begins on 16
 
 BITS = {"16-bit": 16, "int8": 8, "e4m3": 8, "int4": 4, "int8_int8": 8, "e4m3_e4m3": 8}  # of a value of W, by kind
 NARROW = {"int8_int8": "int8", "e4m3_e4m3": "float8_e4m3fn"}  # kinds whose x has 8 bits too, and its dtype
-COLUMNS = {"16-bit": (64, 128, 256), "int8": (64, 256), "e4m3": (64,), "int4": (64, 256), "int8_int8": (128, 256), "e4m3_e4m3": (128, 192)}
+COLUMNS = {"16-bit": (64, 128, 256), "int8": (64, 256), "e4m3": (64,), "int4": (64, 256), "int8_int8": (128, 256), "e4m3_e4m3": (128, 256)}
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,15 @@ class Config:
     def stages(self) -> int:
         return _SHARED // (self.stage_bytes + 16)
 
-    # Offsets from a base of 1024-byte alignment: the stages at 0, then their barriers, 8 bytes each.
+    # Offsets from a base of 1024-byte alignment: the stages at 0, then the buffers, then barriers, 8 bytes each.
+
+    @property
+    def buffers_at(self) -> int:
+        return self.stages * self.stage_bytes
 
     @property
     def full_at(self) -> int:
-        return self.stages * self.stage_bytes
+        return self.buffers_at + BUFFERS * BUFFER_BYTES
 
     @property
     def empty_at(self) -> int:
@@ -105,14 +112,13 @@ class Plan(NamedTuple):
 # kernel's, if `worthwhile`.
 FROM_ROWS = {"16-bit": 1 << 31, "int8": 17, "e4m3": 17, "int4": 17, "int8_int8": 1, "e4m3_e4m3": 1}
 
-# The model of the time, in us and ns, fitted to what an H100 took: two thirds of 639 plans within 10 %, 19 of 20 within 20 %. Of 304
-# problems the plan that it picks is 0.4 % slower than the best on average, 13 % at most (at 16 bits, which no op takes, 21). A launch;
-# a tile's start and end, and of those for each column; what a cluster takes to meet.
-_LAUNCH, _TILE, _COLUMN, _MEET = 1.2, 2.3, 0.024, 3.3
+# The model of the time, in us and ns, fitted to what an H100 took (docs/tuning/linear_sm90.md). A launch; a tile's start and end, and of
+# those for each column, where a block has all of its sums and where those of a cluster do; what a cluster takes to meet.
+_LAUNCH, _TILE, _COLUMN, _CLUSTER_TILE, _CLUSTER_COLUMN, _MEET = 1.2, 0.6, 0.018, 2.3, 0.024, 3.3
 # For a value of k: wgmma for each column, with x of 16 and of 8 bits, and what is issued beside it.
 _PRODUCT, _NARROW_PRODUCT = 0.0284, 0.0156
-_ISSUED = {"16-bit": 0.64, "int8": 2.18, "e4m3": 2.89, "int4": 2.61, "int8_int8": 0.26, "e4m3_e4m3": 0.49}
-_L2, _MEMORY = 10.0e6, 2.33e6  # bytes a us, to all multiprocessors
+_ISSUED = {"16-bit": 0.64, "int8": 2.18, "e4m3": 2.89, "int4": 2.61, "int8_int8": 0.26, "e4m3_e4m3": 1.1}
+_L2, _MEMORY = 11.0e6, 2.33e6  # bytes a us, to all multiprocessors
 
 
 def pick(kind: str, dtype: str, rows: int, features: int, depth: int, multiprocessors: int) -> Plan:
@@ -151,21 +157,23 @@ def microseconds(plan: Plan, rows: int, features: int, depth: int, multiprocesso
     rounds, bits = -(-blocks // multiprocessors), 4.25 if config.kind == "int4" else config.bits
     multiply = config.columns * (_NARROW_PRODUCT if config.narrow else _PRODUCT) + _ISSUED[config.kind]
     bring = (FEATURES * bits / 8 + config.x_item * config.columns) * min(blocks, multiprocessors) / _L2 * 1e3
-    in_tiles = rounds * (_TILE + _COLUMN * config.columns + 1e-3 * max(multiply, bring) * depth / splits) + (_MEET if splits > 1 else 0)
+    tile, column, meet = (_TILE, _COLUMN, 0.0) if splits == 1 else (_CLUSTER_TILE, _CLUSTER_COLUMN, _MEET)
+    in_tiles = rounds * (tile + column * config.columns + 1e-3 * max(multiply, bring) * depth / splits) + meet
     once = features * depth * bits / 8 + config.x_item * rows * depth + 2 * rows * features
     return _LAUNCH + max(in_tiles, once / _MEMORY) + 0.05 * min(in_tiles, once / _MEMORY)
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def worthwhile(kind: str, rows: int, features: int, depth: int, multiprocessors: int) -> bool:
+def worthwhile(kind: str, rows: int, features: int, depth: int, multiprocessors: int, after: int = 0) -> bool:
     """Whether the kernel is predicted to take no longer than the library, for kinds of which now one, now the other was measured to be
-    faster. Of 40 problems of e4m3 each this is at most 10 % wrong."""
+    faster. after: bytes, for each value of the product, that are read and written behind the library's, and not behind the kernel's."""
     if kind == "int4" and rows > 64:
         # Written out in 16 bits: cuBLAS at 720 TFLOP/s or 2.5 TB/s, and 0.75 us for a million values of W.
         library = 4.0 + features * depth * (max(2 * rows / 720e6, 2 / 2.5e6) + 0.75e-6)
     elif kind == "e4m3_e4m3":
         # torch._scaled_mm with scales a row: tiles of 128 x 128, of which blocks do not share a k.
-        library = 2.0 + -(-(-(-features // 128) * -(-rows // 128)) // multiprocessors) * (4.0 + 2.5e-3 * depth)
+        library = 3.0 + -(-(-(-features // 128) * -(-rows // 128)) // multiprocessors) * (1.3 + 3.05e-3 * depth)
+        library += (2.0 if after else 0.0) + after * rows * features / _MEMORY
     else:
         return True
     return microseconds(pick(kind, "bfloat16", rows, features, depth, multiprocessors), rows, features, depth, multiprocessors) <= library

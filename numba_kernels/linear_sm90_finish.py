@@ -16,21 +16,56 @@ from ftops.numba_kernels.activation import make_activate
 from ftops.numba_kernels.linear_sm90_config import Config
 
 
-def make_finish(config: Config) -> tuple[Callable, Callable]:
-    """(end, end_shared): out[first_row : first_row + columns, first : first + 64, gated 32] from a warpgroup's sums, to rows and features
-    that exist.
+def make_weigh(config: Config) -> tuple[Callable, Callable, Callable]:
+    """(of_features, of_row, weighed). of_features(first, features, half, scale_gl, bias_gl): scales of a thread's two rows of W, then their
+    biases. of_row(x_scale_gl, row, rows): the scale of a row of x. weighed(sum, scale of x, scale of W, bias)."""
+    scaled, narrow, low = config.bits == 8, config.narrow, ptx.LOW[config.dtype]
 
-    end(acc, ...): from its registers. end_shared(acc, base, block, blocks, ...): from those of all blocks of a cluster, through the shared
-    memory of their stages, which no more is in use: each block (of 2, 4 or 8) does its share of the columns and adds pairs, pairs of pairs.
-    A fragment, rows g and g + 8 of W times 8 of x, is rounded and traded twice between lanes, until four of them have 16 neighbouring
-    features of a row of x, 32 bytes, a whole sector. What is added last comes the same way back. Gated, two fragments of
-    8 features each are put together, and lanes whose bit 3 is set have the rows of the second; in end_shared one at a time is, and those
-    lanes have nothing.
+    @cuda.jit(device=True, forceinline=True)
+    def of_features(first, features, half, scale_gl, bias_gl):
+        thread = np.uint32(cuda.threadIdx.x)
+        g = np.int32((thread & np.uint32(31)) >> np.uint32(2))
+        first, last = np.int32(first + np.int32((thread >> np.uint32(5)) * np.uint32(16))), np.int32(features - np.int32(1))
+        upper, lower = min(np.int32(first + g), last), min(np.int32(first + g + np.int32(8)), last)
+        if half != np.int32(0):
+            upper = min(np.int32((first >> np.int32(1)) + g), np.int32(half - np.int32(1)))
+            lower = np.int32(upper + half)
+        upper_at, lower_at = np.uint64(np.uint32(upper)), np.uint64(np.uint32(lower))
+        scale_0, scale_1, bias_0, bias_1 = np.float32(1), np.float32(1), np.float32(0), np.float32(0)
+        if scaled:
+            scale_0 = ptx.ld_written_f32(scale_gl + np.uint64(4) * upper_at)
+            scale_1 = ptx.ld_written_f32(scale_gl + np.uint64(4) * lower_at)
+        if bias_gl != np.uint64(0):
+            bias_0 = low(ptx.ld_written_16(bias_gl + np.uint64(2) * upper_at))
+            bias_1 = low(ptx.ld_written_16(bias_gl + np.uint64(2) * lower_at))
+        return scale_0, scale_1, bias_0, bias_1
+
+    @cuda.jit(device=True, forceinline=True)
+    def of_row(x_scale_gl, row, rows):
+        return ptx.ld_written_f32_if(x_scale_gl + np.uint64(4) * np.uint64(np.uint32(row)), np.uint32(row < rows), np.float32(0))
+
+    @cuda.jit(device=True, forceinline=True)
+    def weighed(value, x_scale, scale, bias):
+        if narrow:
+            return ptx.fma(value * x_scale, scale, bias)
+        return ptx.fma(value, scale, bias) if scaled else value + bias
+
+    return of_features, of_row, weighed
+
+
+def make_finish(config: Config) -> Callable:
+    """end_shared(acc, base, block, blocks, ...): out[first_row : first_row + columns, first : first + 64, gated 32] from the sums of a
+    warpgroup of all blocks of a cluster, to rows and features that exist.
+
+    Through the shared memory of their stages, which no more is in use: each block (of 2, 4 or 8) does its share of the columns and adds
+    pairs, pairs of pairs. A fragment, rows g and g + 8 of W times 8 of x, is rounded and traded twice between lanes, until four of them
+    have 16 neighbouring features of a row of x, 32 bytes, a whole sector. What is added last comes the same way back. Gated, a fragment
+    has 8 features, and lanes whose bit 3 is set have nothing.
 
     first, half: in rows of W; half: of gate, 0 where there is none. given: addresses of scales of W and of x, bias, residual, elements
-    between its rows, address of out. act: the activation.
+    between its rows, address of out. wide: whether all rows of out and of the residual begin on 8 bytes. act: the activation.
     """
-    tiles, scaled, narrow, dtype = config.columns // 8, config.bits == 8, config.narrow, config.dtype
+    tiles, narrow, dtype, (of_features, of_row, weighed) = config.columns // 8, config.narrow, config.dtype, make_weigh(config)
     low, high, pair, across_4, across_8 = ptx.LOW[dtype], ptx.HIGH[dtype], ptx.PAIR[dtype], ptx.shuffle_xor[4], ptx.shuffle_xor[8]
     lows, highs = np.uint32(0x5410), np.uint32(0x7632)  # of two words, for permute
     activate, consumers, own_bytes = make_activate(16), np.uint32(256), np.uint32(16 * 256)
@@ -58,12 +93,6 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
         ptx.st_global_16_if(at + np.uint64(2), first >> np.uint32(16), np.uint32(here != np.uint32(0) and left > np.int32(1)))
         ptx.st_global_16_if(at + np.uint64(4), second, np.uint32(here != np.uint32(0) and left > np.int32(2)))
         ptx.st_global_16_if(at + np.uint64(6), second >> np.uint32(16), np.uint32(here != np.uint32(0) and left > np.int32(3)))
-
-    @cuda.jit(device=True, forceinline=True)
-    def weighed(value, x_scale, scale, bias):
-        if narrow:
-            return ptx.fma(value * x_scale, scale, bias)
-        return ptx.fma(value, scale, bias) if scaled else value + bias
 
     @cuda.jit(device=True, forceinline=True)
     def emit(v, count, residual_at, residual_step, out_at, out_step, row, row_step, rows, wide, left):
@@ -125,92 +154,25 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
 
     @cuda.jit(device=True, forceinline=True)
     def locate(first, first_row, features, half, given):
-        """Scales and biases of a thread's two rows of W; where its part of the first fragment is in the residual and in out, and bytes from
-        there to the next 8 rows; its row there, and how many features are left from its first on."""
-        scale_gl, _, bias_gl, residual_gl, residual_stride, out_gl = given
+        """Where a thread's part of the first fragment is in the residual and in out, and bytes from there to the next 8 rows; its row
+        there, and how many features are left from its first on."""
+        _, _, _, residual_gl, residual_stride, out_gl = given
         thread = np.uint32(cuda.threadIdx.x)
         lane = thread & np.uint32(31)
-        g, gated = np.int32(lane >> np.uint32(2)), half != np.int32(0)
         second_half, quad = (lane >> np.uint32(3)) & np.uint32(1), np.uint32(4) * (lane >> np.uint32(4))
         own_row = np.int32(np.uint32(2) * (lane & np.uint32(3)) + ((lane >> np.uint32(2)) & np.uint32(1)))
         first = np.int32(first + np.int32((thread >> np.uint32(5)) * np.uint32(16)))
         row, width, feature = np.int32(first_row + own_row), features, np.int32(first + np.int32(np.uint32(8) * second_half + quad))
-        last = np.int32(features - np.int32(1))
-        upper, lower = min(np.int32(first + g), last), min(np.int32(first + g + np.int32(8)), last)
-        if gated:
-            first = np.int32(first >> np.int32(1))
-            row, width, feature = np.int32(row + np.int32(np.uint32(8) * second_half)), half, np.int32(first + np.int32(quad))
-            upper = min(np.int32(first + g), np.int32(half - np.int32(1)))
-            lower = np.int32(upper + half)
-        upper_at, lower_at = np.uint64(np.uint32(upper)), np.uint64(np.uint32(lower))
-        scale_0, scale_1, bias_0, bias_1 = np.float32(1), np.float32(1), np.float32(0), np.float32(0)
-        if scaled:
-            scale_0 = ptx.ld_written_f32(scale_gl + np.uint64(4) * upper_at)
-            scale_1 = ptx.ld_written_f32(scale_gl + np.uint64(4) * lower_at)
-        if bias_gl != np.uint64(0):
-            bias_0 = low(ptx.ld_written_16(bias_gl + np.uint64(2) * upper_at))
-            bias_1 = low(ptx.ld_written_16(bias_gl + np.uint64(2) * lower_at))
+        if half != np.int32(0):
+            row, width = np.int32(row + np.int32(np.uint32(8) * second_half)), half
+            feature = np.int32((first >> np.int32(1)) + np.int32(quad))
         along, whole_row = np.uint64(2) * np.uint64(np.uint32(feature)), np.uint64(np.uint32(row))
         residual_at, residual_step = np.uint64(0), np.uint64(0)
         if residual_gl != np.uint64(0):
             residual_at = residual_gl + np.uint64(2) * whole_row * np.uint64(residual_stride) + along
             residual_step = np.uint64(16) * np.uint64(residual_stride)
         out_at = out_gl + np.uint64(2) * whole_row * np.uint64(np.uint32(width)) + along
-        return ((scale_0, scale_1, bias_0, bias_1), residual_at, residual_step, out_at, np.uint64(16) * np.uint64(np.uint32(width)), row,
-                np.int32(width - feature))
-
-    @cuda.jit(device=True, forceinline=True)
-    def scale_of(x_scale_gl, row, rows):
-        return ptx.ld_written_f32_if(x_scale_gl + np.uint64(4) * np.uint64(np.uint32(row)), np.uint32(row < rows), np.float32(0))
-
-    @cuda.jit(device=True, forceinline=True)
-    def end(acc, first, first_row, rows, features, half, given, wide, act):
-        of_two, residual_at, residual_step, out_at, out_step, row, left = locate(first, first_row, features, half, given)
-        scale_0, scale_1, bias_0, bias_1 = of_two
-        form, linear, cubic = act
-        gated = half != np.int32(0)
-        own_row = np.int32(first_row + np.int32(np.uint32(2) * (np.uint32(cuda.threadIdx.x) & np.uint32(3))))
-        upper = cuda.local.array(16, np.float32)
-        lower = cuda.local.array(16, np.float32)
-        v = cuda.local.array(16, np.float32)
-        x_scale = cuda.local.array(16, np.float32)
-        for i in range(16):
-            x_scale[i] = np.float32(1)
-        eight_rows, apart = np.int32(8), np.uint64(2) if gated else np.uint64(1)
-        row_step = np.int32(16) if gated else eight_rows
-        waiting = ptx.here(np.uint32(tiles // 8))
-        while waiting != np.uint32(0):
-            if narrow:
-                for i in range(16):
-                    x_scale[i] = scale_of(given[1], np.int32(own_row + np.int32(8 * (i // 2) + i % 2)), rows)
-                own_row = np.int32(own_row + np.int32(64))
-            for i in range(16):
-                at = 4 * (i // 2) + i % 2
-                upper[i] = weighed(np.float32(acc[at]), x_scale[i], scale_0, bias_0)
-                lower[i] = weighed(np.float32(acc[at + 2]), x_scale[i], scale_1, bias_1)
-            if form >= 0:
-                activate(upper, form, linear, cubic)
-            if gated:
-                for i in range(16):
-                    upper[i] *= lower[i]
-            elif form >= 0:
-                activate(lower, form, linear, cubic)
-            for i in range(4):
-                for r in range(2):
-                    v[4 * i + r] = upper[4 * i + r] if gated else upper[2 * i + r]
-                    v[4 * i + 2 + r] = upper[4 * i + 2 + r] if gated else lower[2 * i + r]
-            emit(v, np.uint32(4), residual_at, apart * residual_step, out_at, apart * out_step, row, row_step, rows, wide, left)
-            if not gated:
-                for i in range(4):
-                    for r in range(2):
-                        v[4 * i + r], v[4 * i + 2 + r] = upper[8 + 2 * i + r], lower[8 + 2 * i + r]
-                emit(v, np.uint32(4), residual_at + np.uint64(4) * residual_step, residual_step, out_at + np.uint64(4) * out_step, out_step,
-                     np.int32(row + np.int32(32)), eight_rows, rows, wide, left)
-            residual_at, out_at = residual_at + np.uint64(8) * residual_step, out_at + np.uint64(8) * out_step
-            row = np.int32(row + np.int32(64))
-            for i in range(4 * tiles - 32):
-                acc[i] = acc[i + 32]
-            waiting = ptx.here(np.uint32(waiting - np.uint32(1)))
+        return residual_at, residual_step, out_at, np.uint64(16) * np.uint64(np.uint32(width)), row, np.int32(width - feature)
 
     @cuda.jit(device=True, forceinline=True)
     def end_shared(acc, base, block, blocks, first, first_row, rows, features, half, given, wide, act):
@@ -225,8 +187,8 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
         shift = np.uint32(np.uint32(blocks >> np.uint32(1)) - np.uint32(blocks >> np.uint32(3)))  # logarithm
         j = np.uint32(block * np.uint32(np.uint32(tiles) >> shift))
         own_first = np.int32(first_row + np.int32(np.uint32(8) * j))
-        of_two, residual_at, residual_step, out_at, out_step, row, left = locate(first, own_first, features, half, given)
-        scale_0, scale_1, bias_0, bias_1 = of_two
+        residual_at, residual_step, out_at, out_step, row, left = locate(first, own_first, features, half, given)
+        scale_0, scale_1, bias_0, bias_1 = of_features(first, features, half, given[0], given[2])
         form, linear, cubic = act
         gated, lane = half != np.int32(0), np.uint32(cuda.threadIdx.x) & np.uint32(3)
         own_row, last, eight_rows = np.int32(own_first + np.int32(np.uint32(2) * lane)), rows, np.int32(8)
@@ -255,7 +217,7 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
                 x_0, x_1 = np.float32(1), np.float32(1)
                 if narrow:
                     own = np.int32(own_row + np.int32(8 * i))
-                    x_0, x_1 = scale_of(given[1], own, rows), scale_of(given[1], np.int32(own + np.int32(1)), rows)
+                    x_0, x_1 = of_row(given[1], own, rows), of_row(given[1], np.int32(own + np.int32(1)), rows)
                 v[4 * i], v[4 * i + 1] = weighed(part[4 * i], x_0, scale_0, bias_0), weighed(part[4 * i + 1], x_1, scale_0, bias_0)
                 v[4 * i + 2], v[4 * i + 3] = weighed(part[4 * i + 2], x_0, scale_1, bias_1), weighed(part[4 * i + 3], x_1, scale_1, bias_1)
             for i in range(16):
@@ -273,4 +235,4 @@ def make_finish(config: Config) -> tuple[Callable, Callable]:
         hopper.cluster_arrive_relaxed()  # the loads are done; to release what was written to out would wait for memory
         hopper.cluster_wait()  # the others have read what this block holds
 
-    return end, end_shared
+    return end_shared

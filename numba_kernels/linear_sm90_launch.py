@@ -9,7 +9,7 @@ import torch
 from ftops.numba_kernels import tuned
 from ftops.numba_kernels.launch import Kernel, capability, load, multiprocessors
 from ftops.numba_kernels.linear_sm90 import spec
-from ftops.numba_kernels.linear_sm90_config import FEATURES, FROM_ROWS, Config, Plan, pick, plans, tiles_of, worthwhile
+from ftops.numba_kernels.linear_sm90_config import BUFFER_ROWS, FEATURES, FROM_ROWS, Config, Plan, pick, plans, tiles_of, worthwhile
 from ftops.numba_kernels.linear_tile import added, aligned_x, form_of, kind_of
 from ftops.numba_kernels.rows import DTYPE_NAME
 from ftops.numba_kernels.tma import tiles
@@ -17,14 +17,14 @@ from ftops.numba_kernels.tma import tiles
 GATED_ROWS = 16  # gate and up together are a multiple of this
 
 
-def serves(x: torch.Tensor, weight: torch.Tensor, narrow: bool = False) -> bool:
+def serves(x: torch.Tensor, weight: torch.Tensor, narrow: bool = False, after: int = 0) -> bool:
     """Whether this kernel is taken for x[..., K] and weight[N, width]: it was the fastest, or, unmeasured, from FROM_ROWS rows on, where it
     is worthwhile.
 
-    narrow: with x rounded to the weight's 8 bits.
+    narrow: with x rounded to the weight's 8 bits. after: as in `worthwhile`.
     """
     kind = kind_of(weight.dtype)
-    return _wanted(f"{kind}_{kind}" if narrow else kind, 0, x, weight.shape) and can_serve(x, weight)
+    return _wanted(f"{kind}_{kind}" if narrow else kind, 0, x, weight.shape, after) and can_serve(x, weight)
 
 
 def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -40,17 +40,17 @@ def serves_w4a16(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, fe
             and not (packed.data_ptr() | scales.data_ptr()) & 15 and capability(x.device.index) == (9, 0))
 
 
-def _wanted(kind: str, group_size: int, x: torch.Tensor, shape: tuple[int, int]) -> bool:
+def _wanted(kind: str, group_size: int, x: torch.Tensor, shape: tuple[int, int], after: int = 0) -> bool:
     values, K, device = x.numel(), x.shape[-1], x.device.index
     if device in tuned.UNTUNED and values < FROM_ROWS[kind] * K:
         return False
-    return _takes(kind, group_size, x.dtype, *shape, values // K, device)
+    return _takes(kind, group_size, x.dtype, *shape, values // K, device, after)
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _takes(kind: str, group_size: int, dtype: torch.dtype, N: int, K: int, rows: int, device: int) -> bool:
+def _takes(kind: str, group_size: int, dtype: torch.dtype, N: int, K: int, rows: int, device: int, after: int = 0) -> bool:
     problem = tuned.problem(tuned.op_of(kind, group_size), dtype, N, K)
-    untuned = rows >= FROM_ROWS[kind] and worthwhile(kind, rows, N, K, multiprocessors(device))
+    untuned = rows >= FROM_ROWS[kind] and worthwhile(kind, rows, N, K, multiprocessors(device), after)
     return tuned.takes("linear_sm90", problem, rows, untuned, device)
 
 
@@ -134,13 +134,16 @@ def _start(weight: tuple[str, int, int], x: torch.Tensor, dtype: torch.dtype, x_
     out = x.new_empty((*x.shape[:-1], half or N), dtype=dtype)
     x, x_stride, K = aligned_x(x, rows)
     bias_at, residual_at, residual_stride, _held = added(bias, residual)
-    wide = not ((half or N) % 4 or residual_stride % 4 or residual_at % 8)
+    wide = int(not ((half or N) % 4 or residual_stride % 4 or residual_at % 8))
     config, splits = picked or _picked(*weight[:2], dtype, rows, N, weight[2], K, device)
     of_features, of_rows = tiles_of(config, rows, N)
     blocks = of_features * of_rows * splits if splits > 1 else min(of_features * of_rows, multiprocessors(device))
     w_map, scale_map, scale_at, shift, record = stored(config)
+    out_map, of_out = w_map, half or N
+    if not of_out % 8 and not (residual_at and (gated or residual_stride % 8 or residual_at % 16)):
+        wide, out_map = 2, tiles(out.data_ptr(), dtype, (of_out, rows), (of_out,), (32 if gated else 64, BUFFER_ROWS))
     x_map = tiles(x.data_ptr(), x.dtype, (K, rows), (x_stride,), (config.chunk, config.columns))
     _loaded(config, splits, device)(
-        blocks, 1, 1, w_map, x_map, scale_map, scale_at, 0 if x_scales is None else x_scales.data_ptr(), bias_at, residual_at,
+        blocks, 1, 1, w_map, x_map, scale_map, out_map, scale_at, 0 if x_scales is None else x_scales.data_ptr(), bias_at, residual_at,
         out.data_ptr(), residual_stride, rows, N, half, -(-K // config.depth), splits, wide, shift, record, *form_of(activation))
     return out

@@ -17,6 +17,7 @@ from ftops.numba_kernels.linear_sm90_widen import make_widen
 
 _SWIZZLED = np.uint64((1 << 62) | (64 << 32))  # a matrix descriptor's: 128-byte swizzle, groups of 8 rows 1024 bytes apart
 _SHIFTED = np.uint32(0x3FFFF)
+PART = 128  # columns of e4m3 by e4m3 that have sums of their own at a time
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -59,21 +60,25 @@ def make_multiply(config: Config) -> tuple[Callable, Callable]:
                 return now
             return place, multiply
 
-        sums = columns // 2
+        product, parts, sums = hopper.wgmma_shared(NARROW[config.kind], PART), columns // PART, PART // 2
 
         @cuda.jit(device=True, forceinline=True)
         def multiply(acc, where, stage, x, group_shift, record, before, now):
-            """The tensor cores keep 14 bits or so of a sum of products of e4m3: only those of a stage are added there."""
+            """The tensor cores keep 13 bits behind the first of a sum of products of e4m3: only those of a stage are added there, of some
+            columns at a time, while the other warpgroup multiplies."""
             part = cuda.local.array(sums, np.float32)
             a, b = descriptor(ptx.uniform(where + stage)), descriptor(ptx.uniform(x))
-            hopper.wgmma_fence()
-            for s in range(4):
-                product(part, 0, a + np.uint64(2 * s), b + np.uint64(2 * s), np.uint32(s))
-            hopper.wgmma_commit()
-            wait_0()
-            release(now)
-            for i in range(sums):
-                acc[i] += part[i]
+            for p in range(parts):
+                columns_at = np.uint64(PART * ROW_BYTES // 16 * p)
+                hopper.wgmma_fence()
+                for s in range(4):
+                    product(part, 0, a + np.uint64(2 * s), b + columns_at + np.uint64(2 * s), np.uint32(s))
+                hopper.wgmma_commit()
+                wait_0()
+                if p == parts - 1:
+                    release(now)
+                for i in range(sums):
+                    acc[p * sums + i] += part[i]
             return np.uint32(0)
         return place, multiply
 

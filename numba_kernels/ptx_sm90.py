@@ -41,6 +41,11 @@ tma_load_2d = ptx("tma_load_2d", "cp.async.bulk.tensor.2d.shared::cluster.global
                   "[$0], [$1, {$3, $4}], [$2];", "", "rlrrr")
 tma_load_4d = ptx("tma_load_4d", "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
                   "[$0], [$1, {$3, $4, $5, $6}], [$2];", "", "rlrrrrr")
+# A box of shared memory $1 to map $0, but what is out of bounds. Stores of a thread are counted in groups.
+tma_store_2d = ptx("tma_store_2d", "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [$0, {$2, $3}], [$1];", "", "lrrr")
+bulk_commit = ptx("bulk_commit", "cp.async.bulk.commit_group;")
+# Until all but the last n groups have read shared memory.
+BULK_WAIT_READ = {n: ptx(f"bulk_wait_read_{n}", f"cp.async.bulk.wait_group.read {n};") for n in range(2)}
 # The same box into L2.
 tma_prefetch_4d = ptx("tma_prefetch_4d", "cp.async.bulk.prefetch.tensor.4d.L2.global [$0, {$1, $2, $3, $4}];", "", "lrrrr")
 SETMAXNREG = {(way, n): ptx(f"setmaxnreg_{way}_{n}", f"setmaxnreg.{way}.sync.aligned.u32 {n};")
@@ -51,6 +56,7 @@ WGMMA_WAIT = {n: ptx(f"wgmma_wait_{n}", f"wgmma.wait_group.sync.aligned {n};") f
 # Depth of a product, and the dtype as PTX has it; of 8 bits both operands are K-major.
 _WGMMA_DTYPE = {dtype: (16, kind) for dtype, kind in KIND.items()} | {"float8_e4m3fn": (32, "e4m3"), "int8": (32, "s8")}
 stmatrix_x4 = ptx("stmatrix_x4", "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "", "rrrrr")
+stmatrix_x4_trans = ptx("stmatrix_x4_trans", "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};", "", "rrrrr")
 # Two float32 to a pair of float16, negative ones to 0; the higher of two pairs of u16.
 f16_pair_relu = ptx("f16_pair_relu", "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "r", "ff", pure=True)
 max_u16_pair = ptx("max_u16_pair", "max.u16x2 $0, $1, $2;", "r", "rr", pure=True)

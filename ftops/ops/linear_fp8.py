@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from ftops.op import Case, register, straight
+from ftops.ops.bias_activation import ACTIVATIONS
+from ftops.ops.gated_activation import GLU
 from ftops.ops.linear import after_norm, columns, fake, followed, library, make_few_rows, make_many_rows, make_narrow
 from ftops.ops.linear import reference as linear_reference
 from ftops.ops.linear_w8a16 import check_8bit
@@ -52,7 +54,7 @@ def _cuda() -> Callable[..., Any]:
         if not beyond and serves_many(x, values):
             return many_rows(x, values, scales, *rest)
         # What the library refuses ours multiplies in 8 bits too: 5000x2064, 256 rows, written out took 107 us on an H100 and cuBLAS 15.
-        if beyond and (serves_many(x, values, narrow=True) or (refused and can_serve(x, values))):
+        if beyond and (serves_many(x, values, True, behind(*rest[:3])) or (refused and can_serve(x, values))):
             return narrow(x, None, values, scales, *rest)
         if refused or x.dtype is torch.float32 or not x.numel() or not multiplies_fp8(x.device):
             return written_out(x, values, scales, *rest)
@@ -62,6 +64,11 @@ def _cuda() -> Callable[..., Any]:
         few = serves(x, values, left_to_others("e4m3", MAX_ROWS, x.device.index))
         return (few_rows if few else many)(x, values, scales, *rest)
     return linear
+
+
+def behind(bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None) -> int:
+    """Bytes that are read and written for each value of the library's product to do what comes after it."""
+    return (4 if bias is not None or activation in ACTIVATIONS else 0) + (3 if activation in GLU else 0) + (0 if residual is None else 6)
 
 
 def multiplies_fp8(device: torch.device) -> bool:
