@@ -67,9 +67,13 @@ def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int, queri
         bias = bias if bias is None else _readable_bias(bias)
         bias_strides = NO_STRIDES if bias is None else _byte_strides(bias, False)
         if q.dtype is not torch.float32 and architecture(q.device.index) == "sm_90a":
-            kernel = attention_sm90_launch.kernel(q.dtype, dim, extras, queries, keys, packed, q.device.index)
-            attention_sm90_launch.start(kernel, q, k, v, out, batch, queries, keys, scale, left, right, softcap, bias, bias_strides,
-                                        alibi_slopes, lengths, starts_q, starts_kv)
+            parts = 0 if extras or packed else attention_sm90_launch.parts_of(q, k, left, right)
+            if parts:
+                attention_sm90_launch.start_parts(parts, q, k, v, out, scale, left, right, lengths)
+            else:
+                kernel = attention_sm90_launch.kernel(q.dtype, dim, extras, queries, keys, packed, q.device.index)
+                attention_sm90_launch.start(kernel, q, k, v, out, batch, queries, keys, scale, left, right, softcap, bias, bias_strides,
+                                            alibi_slopes, lengths, starts_q, starts_kv)
         else:
             kernel, rows = _kernel(q.dtype, dim, extras, q.device.index)
             tiles = -(-queries // rows)

@@ -77,7 +77,8 @@ def start(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out
     heads, rows = heads // shared, config.rows // shared
     tiles, pairs = -(-queries // rows), batch * heads
     blocks = min(multiprocessors(device), tiles * pairs * parts)
-    alike = (right >= keys or tiles == 1) and lengths is None and starts_q is None
+    # In parts there are few queries, and as good as all see as many keys.
+    alike = (right >= keys or tiles == 1 or config.parts) and lengths is None and starts_q is None
     section = group // shared * (1 if alike else max(1, _SECTION_BYTES // (2 * q.element_size() * keys * dim)))
     counted = 0 if alike or blocks == tiles * pairs * parts else counters(device, 2)
     kernel(blocks, 1, 1, _map(q, shared, rows, config.chunk), _map(k, 1, config.keys, config.chunk), _map(v, 1, config.keys, config.chunk),

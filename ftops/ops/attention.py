@@ -64,7 +64,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
     broadcasts to [B,H,Sq,Skv] and is added; -inf hides a key. alibi_slopes[H] float32 subtract slope * distance.
     kv_lengths[B] int32 hides keys at and beyond it. A row with nothing to attend to gives 0.
     float32, float16 or bfloat16 (softmax and sums in float32), any strides. Raises ValueError.
-    On a GPU, in 16 bits, a sequence's result has the same bits in any batch of the same Sq and Skv: no kernel splits its keys.
+    On a GPU, in 16 bits, a sequence's result has the same bits in any batch of the same Sq and Skv, except where few queries meet many
+    keys on Hopper: there the size of the batch says into how many parts the keys are split, and `attention_varlen` splits none.
     """
     check_heads("attention", q, k, v, 4)
     check_beside("attention", q.device, bias=bias, alibi_slopes=alibi_slopes, kv_lengths=kv_lengths)
