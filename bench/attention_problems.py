@@ -78,15 +78,14 @@ def flex(causal: bool = False) -> dict[str, Run]:
         return {}
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
     fused = torch.compile(flex_attention, dynamic=False)
-    masks: dict[tuple[int, int], BlockMask] = {}
+    masks: dict[int, BlockMask] = {}
 
     def run(i: SimpleNamespace) -> torch.Tensor:
         q, k, v = (t.transpose(1, 2) for t in (i.q, i.k, i.v))
-        queries, keys = lengths = q.shape[2], k.shape[2]
-        if causal and lengths not in masks:
-            masks[lengths] = create_block_mask(lambda b, h, row, column: row + (keys - queries) >= column, None, None, *lengths,
-                                               device=q.device)
-        return fused(q, k, v, block_mask=masks.get(lengths), enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+        length = q.shape[2]
+        if causal and length not in masks:
+            masks[length] = create_block_mask(lambda b, h, row, column: row >= column, None, None, length, length, device=q.device)
+        return fused(q, k, v, block_mask=masks.get(length), enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
     return {"FlexAttention": run}
 
@@ -141,7 +140,7 @@ def chunk(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, que
     if small_sizes():
         sides["SDPA"] = sdpa(None)
     else:
-        sides |= {"SDPA flash": flash, "SDPA cuDNN": sdpa(BACKENDS["SDPA cuDNN"]), **flex(causal=True)}
+        sides |= {"SDPA flash": flash, "SDPA cuDNN": sdpa(BACKENDS["SDPA cuDNN"])}
     pairs = batch * heads * (queries * length - queries * (queries - 1) / 2)
     return Problem("attention", f"{batch},{heads},{kv_heads},{length},{head_dim} last {queries}", make, sides,
                    lambda i: last_rows(i.q, i.k, i.v, True), lambda out, i: out[:1, -ROWS:],
