@@ -28,7 +28,8 @@ def make_store(config: Config) -> tuple[Callable, Callable]:
     low, high = ptx.LOW[config.dtype], ptx.HIGH[config.dtype]
     pair, of_group, activate = ptx.PAIR[config.dtype], np.uint32(128), make_activate(16)
     wait_first, wait_both = ptx.CP_ASYNC_WAIT[1], ptx.CP_ASYNC_WAIT[0]
-    wait_other, wait_all = hopper.BULK_WAIT_READ[1], hopper.BULK_WAIT_READ[0]
+    # Until a pass's buffer has been read, which the pass before the last had; with one pass a tile the last.
+    wait_own, wait_all = hopper.BULK_WAIT_READ[0 if passes % 2 else 1], hopper.BULK_WAIT_READ[0]
 
     @cuda.jit(device=True, forceinline=True)
     def get(value):
@@ -131,7 +132,7 @@ def make_store(config: Config) -> tuple[Callable, Callable]:
                 ptx.warp_sync()
             else:
                 if speaker:
-                    wait_other()
+                    wait_own()
                 hopper.bar_sync(barrier, of_group)
             if gated:
                 for q in range(2):

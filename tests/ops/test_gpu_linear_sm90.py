@@ -180,11 +180,12 @@ def test_what_is_picked(rows, kind):
 
 
 @pytest.mark.parametrize(("kind", "columns"), TILES)
-@pytest.mark.parametrize("splits", [1, 4])
-def test_the_same_bits_each_time(splits, kind, columns):
-    """Where blocks and warps might race."""
+@pytest.mark.parametrize(("splits", "size"), [(1, (300, 700, 2048)), (4, (300, 700, 2048)), (1, (8192, 1288, 128))])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_the_same_bits_each_time(residual, splits, size, kind, columns):
+    """Where blocks and warps might race, or the store of a tile with the sums of the next."""
     from ftops.numba_kernels.linear_sm90_config import Config, Plan
-    sampled = sample(kind, torch.bfloat16, 300, 700, 2048, {"bias": True, "residual": True})
+    sampled = sample(kind, torch.bfloat16, *size, {"bias": True, "residual": residual})
     picked = Plan(Config(kind, "bfloat16", columns), splits)
     first = run(sampled, picked)
     check(first, sampled)
