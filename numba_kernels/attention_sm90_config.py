@@ -132,9 +132,14 @@ class Config:
         return -(-(self.raw_empty + 8 * self.stages) // 16) * 16
 
     @property
+    def sums_at(self) -> int:
+        """In 8 bits, the sums of P of a consumer thread's two rows."""
+        return self.info_at + INFO_BYTES * INFO_SLOTS
+
+    @property
     def shared_bytes(self) -> int:
         """With 1008 bytes to align the base: dynamic shared memory begins on 16 bytes."""
-        return self.info_at + INFO_BYTES * INFO_SLOTS + 1008
+        return self.sums_at + self.narrow * 1024 * self.consumers + 1008
 
 
 def pick_parts(dtype: str, head_dim: int) -> Config:

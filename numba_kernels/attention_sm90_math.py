@@ -98,7 +98,7 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable
     A row is measured from a base: P = 2 ** (factor * score - base). sample(score), highest(score): the highest of a few and of all scores
     of a thread's two rows. settle(high_0, high_1, base, factor) -> (r0, r1): bases raised to the highest of the quad, r what O and
     the sums so far must be multiplied by. powers(score, base, factor) -> (sum_0, sum_1, outgrown): score := P, the sums of the two rows,
-    and not 0 where the tile must be measured anew; in 8 bits P is pairs of codes, and P V has the sums. rescale(out, total, r0, r1), unless
+    and not 0 where the tile must be measured anew; in 8 bits P is pairs of codes, and P V gives the sums. rescale(out, total, r0, r1), unless
     all of the warp are 1. pack(prob, score): P in the dtype, as the A fragments of P V.
     """
     tiles, out_tiles = config.keys // 8, config.v_columns // 8

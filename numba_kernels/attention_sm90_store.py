@@ -17,7 +17,7 @@ def make_store(config: Config) -> Callable:
     The four lanes of a row write 32 bytes, a whole sector. In 16 bits lanes 2 i and 2 i + 1 trade halves of two neighbouring 8-column
     tiles for that; in 8 bits the columns lie in the order of attention_sm90_turn.py, and every lane has the sums.
     """
-    pairs, narrow, v_columns = config.head_dim // 16, config.narrow, config.v_columns
+    pairs, narrow = config.head_dim // 16, config.narrow
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
     pair = ptx.PAIR[config.out_dtype]
 
@@ -44,7 +44,7 @@ def make_store(config: Config) -> Callable:
         row = np.int32(lane >> np.uint32(2))
         if narrow:
             column = np.int32(np.uint32(4) * (lane & np.uint32(3)))
-            scale_0, scale_1 = inverse(out[v_columns // 2 - 4]) * gain, inverse(out[v_columns // 2 - 2]) * gain
+            scale_0, scale_1 = inverse(total[0]) * gain, inverse(total[1]) * gain
         else:
             column = np.int32(np.uint32(8) * (lane & np.uint32(1)) + np.uint32(2) * (lane & np.uint32(2)))
             scale_0, scale_1 = inverse(summed(total[0])) * gain, inverse(summed(total[1])) * gain
