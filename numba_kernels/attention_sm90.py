@@ -21,7 +21,7 @@ from ftops.numba_kernels.attention_common import LOG2E
 from ftops.numba_kernels.attention_scores import make_hide, make_shape_scores
 from ftops.numba_kernels.attention_sm90_config import INFO_BYTES, INFO_SLOTS, Config, configs
 from ftops.numba_kernels.attention_sm90_load import NOTHING, make_begin, make_produce
-from ftops.numba_kernels.attention_sm90_math import LOWEST, SLACK, make_clear, make_products, make_softmax
+from ftops.numba_kernels.attention_sm90_math import LOWEST, SLACK, make_clear, make_products, make_softmax, make_sums
 from ftops.numba_kernels.attention_sm90_store import make_store, make_store_part
 from ftops.numba_kernels.attention_sm90_turn import WARPS, make_ones, make_turn
 from ftops.numba_kernels.compile import Spec
@@ -38,7 +38,7 @@ def make(config: Config) -> Callable:
         config.head_dim, config.extras, config.consumers, config.keys, config.stages, config.q_registers, config.turns)
     of_consumers, narrow = np.uint32(128 * consumers), config.narrow
     tile_bytes = np.uint32(config.tile_bytes)
-    k_at, v_at, info_at, sums_at = (np.uint32(at) for at in (config.k_at, config.v_at, config.info_at, config.sums_at))
+    k_at, v_at, info_at = np.uint32(config.k_at), np.uint32(config.v_at), np.uint32(config.info_at)
     q_full, q_empty = np.uint32(config.q_full), np.uint32(config.q_empty)
     k_full, k_empty, v_full, v_empty = (np.uint32(at) for at in (config.k_full, config.k_empty, config.v_full, config.v_empty))
     width = 1 if narrow else 2
@@ -57,21 +57,7 @@ def make(config: Config) -> Callable:
     hide = make_hide(keys, 1, in_parts)
     shape_scores = make_shape_scores(config.out_dtype, keys, 1)
     clear, begin, produce = make_clear(config), make_begin(config, fillers), make_produce(config)
-    store, store_part = make_store(config), make_store_part(config)
-
-    @cuda.jit(device=True, forceinline=True)
-    def promote(out, base, r0, r1):
-        """In 8 bits: (sums of P of two rows so far) * r, with what P V has added since the last time. Left in the tensor cores they would lose
-        what lies 14 bits below them, of products that are all positive: a fifteenth of 4096 keys, a quarter of 16384. There is no register
-        for them.
-        """
-        at = np.uint32(base + sums_at + np.uint32(8) * ptx.here(np.uint32(cuda.threadIdx.x)))
-        upper, lower = ptx.ld_shared_64(at)
-        sum_0, sum_1 = (ptx.bits_f32(upper) + out[out_size - 4]) * r0, (ptx.bits_f32(lower) + out[out_size - 2]) * r1
-        ptx.st_shared_64(at, ptx.f32_bits(sum_0), ptx.f32_bits(sum_1))
-        for i in range(out_size - 4, out_size):
-            out[i] = np.float32(0)
-        return sum_0, sum_1
+    (store, store_part), (no_sums, some_sums, all_sums) = (make_store(config), make_store_part(config)), make_sums(config)
 
     @cuda.jit(device=True, forceinline=True)
     def again(score, bases, query, q_mine, k_tile, edge, key, info, left, right, group, factor):
@@ -165,12 +151,11 @@ def make(config: Config) -> Callable:
                 at, at_kv = np.uint64(4) * np.uint64(head), np.uint64(4) * np.uint64(ptx.div_u32(head, np.uint32(group)))
                 factor = scale * LOG2E * ptx.ld_global_f32(q_scale_gl + at) * ptx.ld_global_f32(k_scale_gl + at_kv)
                 gain = ptx.ld_global_f32(v_scale_gl + at_kv)
-                ptx.st_shared_64(np.uint32(base + sums_at + np.uint32(8) * thread), np.uint32(0), np.uint32(0))
+                no_sums(base)
             for i in range(out_size):
                 out[i] = np.float32(0)
             for h in range(2):
-                bases[h] = LOWEST
-                total[h] = np.float32(0)
+                bases[h], total[h] = LOWEST, np.float32(0)
 
             # The leader speaks for four warps, which wgmma keeps together. Where none runs they meet at a barrier, or the leader lets the
             # producer write over what the others have yet to read (65,537 sequences, some of them empty, showed it).
@@ -266,9 +251,7 @@ def make(config: Config) -> Callable:
                             hopper.mbarrier_arrive(base + k_empty + np.uint32(8) * slot)
                         hopper.mbarrier_arrive(base + v_empty + np.uint32(8) * before)
                     if narrow:
-                        moved = ptx.ballot(np.uint32(r0 != np.float32(1) or r1 != np.float32(1)))
-                        if waiting & np.int32(3) == np.int32(0) or moved != np.uint32(0):
-                            promote(out, base, r0, r1)
+                        some_sums(out, base, r0, r1, waiting)
                     rescale(out, total, r0, r1)
                     total[0] += sum_0
                     total[1] += sum_1
@@ -285,7 +268,7 @@ def make(config: Config) -> Callable:
                 if leader:
                     hopper.mbarrier_arrive(base + v_empty + np.uint32(8) * before)
                 if narrow:
-                    total[0], total[1] = promote(out, base, np.float32(1), np.float32(1))
+                    total[0], total[1] = all_sums(out, base, np.float32(1), np.float32(1))
             elif speaker:
                 hopper.mbarrier_arrive(base + q_empty)
             _, out_row, head, _ = ptx.ld_shared_128(info + np.uint32(16))

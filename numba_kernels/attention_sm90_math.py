@@ -98,8 +98,8 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable
     A row is measured from a base: P = 2 ** (factor * score - base). sample(score), highest(score): the highest of a few and of all scores
     of a thread's two rows. settle(high_0, high_1, base, factor) -> (r0, r1): bases raised to the highest of the quad, r what O and
     the sums so far must be multiplied by. powers(score, base, factor) -> (sum_0, sum_1, outgrown): score := P, the sums of the two rows,
-    and not 0 where the tile must be measured anew; in 8 bits P is pairs of codes, and P V gives the sums. rescale(out, total, r0, r1), unless
-    all of the warp are 1. pack(prob, score): P in the dtype, as the A fragments of P V.
+    and not 0 where the tile must be measured anew; in 8 bits P is pairs of codes, and P V gives the sums. rescale(out, total, r0, r1),
+    unless all of the warp are 1. pack(prob, score): P in the dtype, as the A fragments of P V.
     """
     tiles, out_tiles = config.keys // 8, config.v_columns // 8
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
@@ -194,6 +194,43 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable
     if config.narrow:
         return sample, highest, settle, codes, rescale, pack_narrow
     return sample, highest, settle, powers, rescale, pack
+
+
+def make_sums(config: Config) -> tuple[Callable, Callable, Callable]:
+    """(no_sums, some_sums, all_sums) of P in 8 bits, of a thread's two rows. Left in the tensor cores they would lose what lies 14 bits
+    below them, of products that are all positive: a fifteenth of 4096 keys, a quarter of 16384. There is no register for them; they wait
+    in shared memory.
+
+    no_sums(base): at first. all_sums(out, base, r0, r1) -> (sums so far, with what P V has added since the last time) * r. some_sums(...,
+    waiting): the same in every fourth tile, and where r is not 1.
+    """
+    sums_at, behind = np.uint32(config.sums_at), config.v_columns // 2
+
+    @cuda.jit(device=True, forceinline=True)
+    def place(base):
+        return np.uint32(base + sums_at + np.uint32(8) * ptx.here(np.uint32(cuda.threadIdx.x)))
+
+    @cuda.jit(device=True, forceinline=True)
+    def no_sums(base):
+        ptx.st_shared_64(place(base), np.uint32(0), np.uint32(0))
+
+    @cuda.jit(device=True, forceinline=True)
+    def all_sums(out, base, r0, r1):
+        at = place(base)
+        upper, lower = ptx.ld_shared_64(at)
+        sum_0, sum_1 = (ptx.bits_f32(upper) + out[behind - 4]) * r0, (ptx.bits_f32(lower) + out[behind - 2]) * r1
+        ptx.st_shared_64(at, ptx.f32_bits(sum_0), ptx.f32_bits(sum_1))
+        for i in range(behind - 4, behind):
+            out[i] = np.float32(0)
+        return sum_0, sum_1
+
+    @cuda.jit(device=True, forceinline=True)
+    def some_sums(out, base, r0, r1, waiting):
+        moved = ptx.ballot(np.uint32(r0 != np.float32(1) or r1 != np.float32(1)))
+        if waiting & np.int32(3) == np.int32(0) or moved != np.uint32(0):
+            all_sums(out, base, r0, r1)
+
+    return no_sums, some_sums, all_sums
 
 
 def make_clear(config: Config) -> Callable:

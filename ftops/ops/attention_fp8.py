@@ -47,8 +47,8 @@ def attention_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_scale: to
 
     q_scale[H], k_scale[Hkv], v_scale[Hkv]: float32, positive, what a head's 8-bit values are multiplied by. causal, scale and window are
     those of `attention`. On Hopper up to head_dim 128 products are taken in 8 bits, at a relative error of about 0.03 beside that of
-    quantising q, k and v, and are added in 14 bits: a column of v that is all of one sign loses up to a fifth over 16384 keys that share the
-    weight. Elsewhere in 16. Any strides. Raises ValueError.
+    quantising q, k and v, and are added in 14 bits: a column of v that is all of one sign loses up to a fifth over 16384 keys that share
+    the weight. Elsewhere in 16. Any strides. Raises ValueError.
     """
     op = "attention_fp8"
     check_beside(op, getattr(q, "device", None), q=q, k=k, v=v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)

@@ -54,6 +54,7 @@ def test_sums_of_many_keys_in_8_bits(keys, causal):
     (q, q_scale), (k, k_scale), (v, v_scale) = (quantise_heads(torch.randn(1, rows, heads, 128, device=CUDA))
                                                 for rows, heads in ((256, 4), (keys, 2), (keys, 2)))
     ours = ops.attention_fp8(q, k, v, q_scale, k_scale, v_scale, causal=causal).double()
-    exact = attention(*((t.double() * scale.double().unsqueeze(-1)) for t, scale in ((q, q_scale), (k, k_scale), (v, v_scale))), causal=causal)
+    pairs = (q, q_scale), (k, k_scale), (v, v_scale)
+    exact = attention(*(t.double() * scale.double().unsqueeze(-1) for t, scale in pairs), causal=causal)
     assert abs((ours * exact).sum() / (exact * exact).sum() - 1) < 0.02
     assert (ours - exact).norm() < 0.06 * exact.norm()
