@@ -202,7 +202,7 @@ def _work(tiles: tuple[int, ...], queries: int, keys: int) -> int:
 # values a us, and how many times its share of that a multiprocessor can take; us of the merge, of a row in it and of each part of a row. At
 # other head dims a tile takes its _SHARE.
 PART_ROWS = PART_KEYS = 128
-HALF_TILE_US, TILE_US, ENDS_US, CALL_US, BYTES_US, MOST_SHARES = 1.09, 1.45, 2.0, 4.0, 3.1e6, 1.6
+HALF_TILE_US, TILE_US, ENDS_US, CALL_US, BYTES_US, MOST_SHARES = 1.09, 1.45, 2.0, 4.0, 3.1e6, 1.3
 MERGE_US, ROW_US, PART_US = 2.0, 0.1e-3, 0.38e-3
 _SHARE = {64: 0.8, 80: 0.85, 96: 0.9, 128: 1.0, 192: 1.5, 256: 2.0}
 _WORTH = 0.9  # of the time of heads apart and keys whole, which give a sequence the same bits in any batch
