@@ -57,7 +57,8 @@ def make(config: Config) -> Callable:
     hide = make_hide(keys, 1, in_parts)
     shape_scores = make_shape_scores(config.out_dtype, keys, 1)
     clear, begin, produce = make_clear(config), make_begin(config, fillers), make_produce(config)
-    (store, store_part), (no_sums, some_sums, all_sums) = (make_store(config), make_store_part(config)), make_sums(config)
+    store, store_part = make_store(config), make_store_part(config)
+    no_sums, some_sums, all_sums = make_sums(config)
 
     @cuda.jit(device=True, forceinline=True)
     def again(score, bases, query, q_mine, k_tile, edge, key, info, left, right, group, factor):
@@ -154,8 +155,7 @@ def make(config: Config) -> Callable:
                 no_sums(base)
             for i in range(out_size):
                 out[i] = np.float32(0)
-            for h in range(2):
-                bases[h], total[h] = LOWEST, np.float32(0)
+            bases[0], bases[1], total[0], total[1] = LOWEST, LOWEST, np.float32(0), np.float32(0)
 
             # The leader speaks for four warps, which wgmma keeps together. Where none runs they meet at a barrier, or the leader lets the
             # producer write over what the others have yet to read (65,537 sequences, some of them empty, showed it).
