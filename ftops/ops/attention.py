@@ -160,6 +160,8 @@ def cases() -> Iterator[Case]:
         "bias_2d": {"bias": (33, 97), "sq": 33}, "bias_query": {"sq": 1, "bias": (2, 1, 1, 97), "causal": True},
         "bias_row": {"bias": (2, 4, 97, 97), "masked": True}, "bias_masked": {"bias": (2, 1, 97, 97), "masked": True, "causal": True},
         "bias_window": {"bias": (2, 1, 97, 97), "window": (30, 5)},
+        "bias_key": {"bias": (2, 1, 1, 97)}, "bias_key_float32": {"bias": (1, 4, 1, 97), "bias_dtype": torch.float32, "causal": True},
+        "bias_long": {"bias": (1, 2, 300, 700), "sq": 300, "skv": 700, "heads": 2, "kv_heads": 1, "head_dim": 128},
         "lengths": {"lengths": (50, 97)}, "lengths_zero": {"lengths": (0, 1), "causal": True}, "scale": {"scale": 1.0, "head_dim": 32},
         "everything": gqa | {"sq": 70, "causal": True, "window": (50, -1), "softcap": 5.0, "bias": (1, 8, 70, 97), "alibi": True,
                              "lengths": (97, 41), "scale": 0.2},
