@@ -204,6 +204,7 @@ def _work(tiles: tuple[int, ...], queries: int, keys: int) -> int:
 PART_ROWS = PART_KEYS = 128
 HALF_TILE_US, TILE_US, ENDS_US, CALL_US, BYTES_US, MOST_SHARES = 1.09, 1.45, 2.0, 4.0, 3.1e6, 1.3
 MERGE_US, ROW_US, PART_US = 2.0, 0.1e-3, 0.38e-3
+FEWEST_TILES = 4  # of keys: fewer were not measured
 _SHARE = {64: 0.8, 80: 0.85, 96: 0.9, 128: 1.0, 192: 1.5, 256: 2.0}
 _WORTH = 0.9  # of the time of heads apart and keys whole, which give a sequence the same bits in any batch
 
@@ -225,7 +226,7 @@ def key_parts(batch: int, queries: int, key_tiles: int, heads: int, kv_heads: in
         merge = MERGE_US + batch * queries * heads * (ROW_US + PART_US * parts) if parts > 1 else 0
         return CALL_US + max(work, bytes_us * max(1.0, readers / (tiles * parts))) + merge
 
-    if group > PART_ROWS // 2:
+    if group > PART_ROWS // 2 or key_tiles < FEWEST_TILES:
         return 0
     apart = time(batch * heads * -(-queries // PART_ROWS), queries, HEAD_DIMS, 1)
     tiles = batch * kv_heads * -(-queries // (PART_ROWS // group))

@@ -50,10 +50,10 @@ def test_tiles_of_192_rows_where_they_are_not_wasted(queries, keys, short):
 @pytest.mark.parametrize(("batch", "queries", "keys", "kv_heads", "parts"), [
     (1, 64, 16384, 8, 8), (1, 256, 16384, 8, 2), (4, 64, 16384, 8, 2), (1, 64, 2048, 8, 4), (1, 32, 16384, 32, 4), (16, 64, 16384, 8, 1),
     (16, 32, 512, 8, 1), (16, 128, 16384, 8, 0), (4, 128, 2048, 8, 0), (1, 256, 2048, 8, 0), (1, 64, 512, 8, 0), (16, 32, 2048, 32, 0),
-    (1, 2048, 2048, 8, 0), (16, 128, 128, 8, 0)])
+    (1, 2048, 2048, 8, 0), (16, 64, 64, 8, 0)])
 def test_parts_where_they_are_faster(batch, queries, keys, kv_heads, parts):
     """32 heads of 128 on 132 multiprocessors. 140 us in place of 36 for the first, 553 in place of 423 where heads share tiles alone; and
-    31 us in place of 54 where keys were split in two that keep every multiprocessor busy as they are."""
+    31 us in place of 54 where keys were split in two that keep every multiprocessor busy as they are. Short prompts were not measured."""
     assert attention_sm90_config.key_parts(batch, queries, -(-keys // 128), 32, kv_heads, 128, 132) == parts
 
 
