@@ -31,7 +31,7 @@ class Engine(engine.Engine):
     """
 
     def __init__(self, model: PreTrainedModel, *, max_requests: int = 64, max_waiting: int = 1024, max_length: int | None = None,
-                 cache_tokens: int | None = None, page_size: int = 16, chunk: int = 1024) -> None:
+                 cache_tokens: int | None = None, page_size: int = 16, chunk: int = 512) -> None:
         reason = unfit(model) or _unfit(model)
         if reason is not None:
             raise ValueError(f"Engine: {type(model).__name__} cannot be served: {reason}")
