@@ -121,6 +121,7 @@ def make(config: Config) -> Callable:
             count, first_key, first_position, rows_left = ptx.ld_shared_128(info)
             if count == NOTHING:
                 break
+            cuda.syncwarp()  # of a tile without keys the speaker now says that it is done, and a lane that has yet to see it never would
             limit = np.int32(ptx.ld_shared_32(info + np.uint32(16)))
             waiting, key = np.int32(count), np.int32(first_key)
             height = np.int32(min(np.int32(64), np.int32(np.int32(rows_left) - first_mine)))
@@ -271,20 +272,19 @@ def make(config: Config) -> Callable:
                     total[0], total[1] = all_sums(out, base, np.float32(1), np.float32(1))
             elif speaker:
                 hopper.mbarrier_arrive(base + q_empty)
+            turn = np.uint32(turn + np.uint32(1))
             _, out_row, head, _ = ptx.ld_shared_128(info + np.uint32(16))
             if in_parts:
                 all_heads = np.uint32(heads * group)
                 line = np.uint64(out_row) * np.uint64(all_heads) + np.uint64(head) * np.uint64(group)
                 store_part(out, total, bases, out_gl, lse_gl, line, all_heads, np.uint32(group), ptx.ld_shared_32(info + np.uint32(32)),
                            key_parts, np.int32(ptx.ld_shared_32(info + np.uint32(12))), dim)
-                turn = np.uint32(turn + np.uint32(1))
                 continue
             warp_row = np.int32(ptx.here(np.uint32(cuda.threadIdx.x)) >> np.uint32(5)) * np.int32(16)
             row_bytes = np.uint64(heads) * np.uint64(2 * dim)
             out_row = np.uint64(out_row) + np.uint64(warp_row)
             store(out, total, gain, out_gl + out_row * row_bytes + np.uint64(head) * np.uint64(2 * dim), row_bytes,
                   np.int32(np.int32(ptx.ld_shared_32(info + np.uint32(12))) - warp_row), dim)
-            turn = np.uint32(turn + np.uint32(1))
         if turns and mine == np.uint32(0):
             hopper.bar_sync(my_turn, both)
 
