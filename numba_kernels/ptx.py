@@ -158,7 +158,6 @@ ld_global_16 = ptx("ld_global_16", "{ .reg .b16 t; ld.global.nc.b16 t, [$1]; cvt
 ld_global_8 = ptx("ld_global_8", "{ .reg .b16 t; ld.global.nc.u8 t, [$1]; cvt.u32.u16 $0, t; }", "r", "l")
 ld_global_32 = ptx("ld_global_32", "ld.global.nc.b32 $0, [$1];", "r", "l")
 ld_global_f32 = ptx("ld_global_f32", "ld.global.nc.f32 $0, [$1];", "f", "l")
-ld_global_64 = ptx("ld_global_64", "ld.global.nc.v2.b32 {$0, $1}, [$2];", "rr", "l")
 ld_global_u64 = ptx("ld_global_u64", "ld.global.nc.b64 $0, [$1];", "l", "l")
 ld_global_128 = ptx("ld_global_128", "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "l")
 st_global_16 = ptx("st_global_16", "{ .reg .b16 t; cvt.u16.u32 t, $1; st.global.b16 [$0], t; }", "", "lr")
@@ -216,8 +215,6 @@ cp_async_4 = ptx("cp_async_4", "cp.async.ca.shared.global [$0], [$1], 4;", "", "
 cp_async_8 = ptx("cp_async_8", "cp.async.ca.shared.global [$0], [$1], 8, $2;", "", "rlr")
 cp_async_commit = ptx("cp_async_commit", "cp.async.commit_group;")
 cp_async_wait_0 = ptx("cp_async_wait_0", "cp.async.wait_group 0;")
-cp_async_wait_1 = ptx("cp_async_wait_1", "cp.async.wait_group 1;")
-cp_async_wait_2 = ptx("cp_async_wait_2", "cp.async.wait_group 2;")
 CP_ASYNC_WAIT = {n: ptx(f"cp_async_wait_{n}", f"cp.async.wait_group {n};") for n in range(16)}  # until n groups at most are on their way
 
 # Tensor cores, sm_80 and up: acc[16 x 8] += A[16 x 16] B[16 x 8], fragments as in the PTX ISA, section "mma.m16n8k16".
@@ -278,7 +275,6 @@ divide_rn = ptx("divide_rn", "div.rn.f32 $0, $1, $2;", "f", "ff", pure=True)
 round_i32 = ptx("round_i32", "cvt.rni.s32.f32 $0, $1;", "r", "f", pure=True)
 divide = ptx("divide", "div.full.f32 $0, $1, $2;", "f", "ff", pure=True)
 rsqrt = ptx("rsqrt", "rsqrt.approx.f32 $0, $1;", "f", "f", pure=True)
-tanh_approx = ptx("tanh_approx", "tanh.approx.f32 $0, $1;", "f", "f", pure=True)
 
 # Numba divides in 64 bits.
 div_u32 = ptx("div_u32", "div.u32 $0, $1, $2;", "r", "rr", pure=True)
