@@ -1,8 +1,8 @@
 """The producer of attention on Hopper: one warp that finds the next tile of query rows and has TMA bring its Q, K and V to shared memory.
 
 A tile is `rows` query rows of one sequence and head, or, for a result in parts, as many rows of the heads that share keys, query by query,
-and a share of the keys. Where tiles differ in length, blocks take the next one from a counter in global memory
-when they need it; under a causal mask the last rows of a sequence see most keys and come first, so that all blocks finish together.
+and a share of the keys. Where tiles differ in length, blocks take the next one from a counter in global memory when they need it; under a
+causal mask the last rows of a sequence see most keys and come first, so that all blocks finish together.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a consumer warpgroup of attention on Hopper computes: S = Q K^T, the online softmax, O += P V, and its 64 rows of the result.
+"""What a consumer warpgroup of attention on Hopper computes of its 64 rows: S = Q K^T, the online softmax, O += P V, and sums of P.
 
 Tiles lie in shared memory as TMA writes them: 64-column chunks of 128-byte rows, 128-byte swizzle, one chunk after the other. A thread
 holds columns 8 j + 2 t, + 1 of rows g and g + 8 of its warp's 16 rows, for every j: registers 4 j .. 4 j + 3, lane = 4 g + t.
@@ -96,10 +96,10 @@ def make_softmax(config: Config) -> tuple[Callable, Callable, Callable, Callable
     """(sample, highest, settle, powers, rescale, pack).
 
     A row is measured from a base: P = 2 ** (factor * score - base). sample(score), highest(score): the highest of a few and of all scores
-    of a thread's two rows. settle(high_0, high_1, base, factor) -> (r0, r1): bases raised to the highest of the quad, r what O and
-    the sums so far must be multiplied by. powers(score, base, factor) -> (sum_0, sum_1, outgrown): score := P, the sums of the two rows,
-    and not 0 where the tile must be measured anew; in 8 bits P is pairs of codes, and P V gives the sums. rescale(out, total, r0, r1),
-    unless all of the warp are 1. pack(prob, score): P in the dtype, as the A fragments of P V.
+    of a thread's two rows. settle(high_0, high_1, base, factor, slack) -> (r0, r1): a base raised to the highest of the quad where that is
+    beyond it by more than slack, r what O and the sums so far must be multiplied by. powers(score, base, factor) -> (sum_0, sum_1,
+    outgrown): score := P, the sums of the two rows, and not 0 where the tile must be measured anew; in 8 bits P is pairs of codes, and P V
+    gives the sums. rescale(out, total, r0, r1), unless all of the warp are 1. pack(prob, score): P in the dtype, as the A fragments of P V.
     """
     tiles, out_tiles = config.keys // 8, config.v_columns // 8
     quad_1, quad_2 = ptx.shuffle_xor[1], ptx.shuffle_xor[2]
