@@ -11,6 +11,7 @@ from numba import cuda
 from ftops.numba_kernels import ptx
 
 SMALLEST = 1e-20  # what a head's largest value counts as at least where a token has scales of its own, as in ops.append_kv
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 NARROW_NAME = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
 
 

@@ -246,7 +246,7 @@ HIGH = {dtype: ptx(f"high_{dtype}", text, "f", "r", pure=True) for dtype, text i
 PAIR = {dtype: ptx(f"pair_{dtype}", f"cvt.rn.{kind}x2.f32 $0, $2, $1;", "r", "ff", pure=True) for dtype, kind in KIND.items()}
 ONES = {dtype: ptx(f"ones_{dtype}", f"mov.b32 $0, {word};", "r", pure=True) for dtype, word in with_half({
     "float16": "0x3C003C00", "bfloat16": "0x3F803F80"}).items()}
-f16_low, f16_high, f16_pair = LOW["float16"], HIGH["float16"], PAIR["float16"]
+f16_low, f16_pair = LOW["float16"], PAIR["float16"]
 bf16_low, bf16_high, bf16_pair = LOW["bfloat16"], HIGH["bfloat16"], PAIR["bfloat16"]
 # Two 8-bit values to two float16. The low 16 bits of $1 are read; before sm_89 the exponent is moved and rebased (a NaN reads as 480).
 e4m3_to_f16_pair = ptx("e4m3_to_f16_pair", {

@@ -20,12 +20,11 @@ from ftops.numba_kernels import ptx
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.launch import Kernel, load
 from ftops.numba_kernels.linear_tile import aligned_x, norm_address
-from ftops.numba_kernels.narrow import NARROW_NAME, make_narrow
+from ftops.numba_kernels.narrow import LARGEST, NARROW_NAME, make_narrow
 from ftops.numba_kernels.rows import DTYPE_NAME, make_convert, rsqrt
 
 ACCESSES, VEC = 4, 8  # of a thread, values each
 SIZES = (128, 256, 512)  # threads of a block; rows of up to 4096, 8192, 16384 values stay in their registers
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 MULTIPLE = 16  # columns of the values: whole accesses of the products that read them
 
 

@@ -20,7 +20,7 @@ from ftops.numba_kernels.angles import cos_sin, make_table, table_layout
 from ftops.numba_kernels.compile import Spec
 from ftops.numba_kernels.division import divide, inverse
 from ftops.numba_kernels.launch import Kernel, capability, empty_like, load
-from ftops.numba_kernels.narrow import SMALLEST, make_narrow, scaled_down
+from ftops.numba_kernels.narrow import LARGEST, SMALLEST, make_narrow, scaled_down
 from ftops.numba_kernels.rows import DTYPE_NAME, DTYPES, ITEM, make_convert, make_io, rsqrt, words_of
 
 SIGNATURE = "p" * 15 + "l" * 29 + "i" * 19 + "fff"
@@ -49,7 +49,7 @@ def make(config: Config) -> Callable:
     table = make_table(config.dtype, vec)
     narrow_int8, narrow_fp8 = make_narrow("int8", vec), make_narrow("float8_e4m3fn", vec)
     x1, x2, x4, x8, x16 = (ptx.shuffle_xor[n] for n in (1, 2, 4, 8, 16))
-    zero, one, smallest, largest_int8, largest_fp8 = (np.float32(c) for c in (0, 1, SMALLEST, 127, 448))
+    zero, one, smallest, largest_int8, largest_fp8 = (np.float32(c) for c in (0, 1, SMALLEST, LARGEST["int8"], LARGEST["float8_e4m3fn"]))
     token_scales = config.token_scales
 
     if vec > 1:

@@ -25,7 +25,7 @@ def to_cache(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) ->
     if dtype not in CACHE_8BIT:
         return x
     scaled = x.float() / scale.unsqueeze(-1)
-    return scaled.round().clamp(-127, 127).to(dtype) if dtype is torch.int8 else scaled.clamp(-448, 448).to(dtype)
+    return (scaled.round() if dtype is torch.int8 else scaled).clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
 
 
 def of_tokens(scale: torch.Tensor | None) -> bool:

@@ -75,7 +75,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
                residual: torch.Tensor | None = None, return_sum: bool = True) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Normalises the last dimension of x[..., N] to mean 0 and variance 1, then scales by weight[N] and adds bias[N].
 
-    With residual[..., N], normalises x + residual and returns (y, x + residual), or y alone, which spares a GPU a quarter of the time,
+    With residual[..., N], normalises x + residual and returns (y, x + residual), or y alone, which spares a GPU a quarter of the bytes,
     without return_sum. weight and bias may be None. All of one dtype (float32, float16, bfloat16; sums in float32), any strides; the
     results are contiguous. Raises ValueError for shapes, dtypes or devices that do not fit.
     """

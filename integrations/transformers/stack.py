@@ -1,7 +1,7 @@
 """The layers of an encoder in one loop over their blocks: tokens are gathered and put back once, and transformers is not asked in between.
 
 A forward of few tokens takes the host longer to launch than a GPU to compute (BERT-large on an H200: 6.7 ms for 1 x 128, where the GPU
-needs 1.3). Such a forward is the replay of a CUDA graph from the third time on (2.1 ms on an H100, call and wait). Graphs are of so many
+needs 1.3). Such a forward is the replay of a CUDA graph from the third time on (1.5 ms on an H100, call and wait). Graphs are of so many
 tokens, sequences and keys: how many tokens there are is rounded up, and zeros fill the room as a sequence of their own, so that no row is
 undefined.
 """
