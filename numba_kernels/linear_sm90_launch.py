@@ -140,7 +140,7 @@ def _start(weight: tuple[str, int, int], x: torch.Tensor, dtype: torch.dtype, x_
     blocks = of_features * of_rows * splits if splits > 1 else min(of_features * of_rows, multiprocessors(device))
     w_map, scale_map, scale_at, shift, record = stored(config)
     out_map, of_out = w_map, half or N
-    if not of_out % 8 and not (residual_at and (gated or residual_stride % 8 or residual_at % 16)):
+    if splits == 1 and not of_out % 8 and not (residual_at and (gated or residual_stride % 8 or residual_at % 16)):
         wide, out_map = 2, tiles(out.data_ptr(), dtype, (of_out, rows), (of_out,), (32 if gated else 64, BUFFER_ROWS))
     x_map = tiles(x.data_ptr(), x.dtype, (K, rows), (x_stride,), (config.chunk, config.columns))
     _loaded(config, splits, device)(
